@@ -1,0 +1,32 @@
+"""Shared by all tests: one compute thread, a base directory of their own, and the real data where it is present."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
+
+SHARED = Path(os.environ.get('NANOCHAT_SHARED_DATA', Path(__file__).resolve().parents[2]/'shared'/'data'))
+
+
+@pytest.fixture(autouse=True)
+def base_directory(tmp_path_factory, monkeypatch):
+    """Every test gets an empty base directory: nothing leaks in from the user's own runs, or out to them."""
+    path = tmp_path_factory.mktemp('base')
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(path))
+    return path
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    """Compute in float32, as the reference numbers were."""
+    monkeypatch.setenv('NANOCHAT_DTYPE', 'float32')
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+    """The folder of real data, or a skip that says why."""
+    if not SHARED.exists(): pytest.skip(f'no real data at {SHARED}; set NANOCHAT_SHARED_DATA to the folder that holds it')
+    return SHARED
