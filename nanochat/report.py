@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
            'load_results', 'merge_steps', 'Series', 'series', 'smooth', 'thin', 'nice_ticks', 'Plot', 'tick', 'svg',
-           'sparkline', 'show', 'clean_text', 'Table', 'Section', 'Report', 'words', 'facts', 'table_of',
-           'nested_tables', 'Stage', 'find_run', 'load_stages', 'stage_plots', 'samples_of', 'stage_section',
-           'task_scores', 'by_source', 'score_section', 'total_seconds', 'time_section', 'headline', 'key_figures',
-           'build_report', 'md_table', 'md_plot', 'render_markdown', 'render_html', 'generate_report']
+           'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts', 'table_of', 'nested_tables', 'Stage',
+           'find_run', 'load_stages', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source',
+           'score_section', 'total_seconds', 'time_section', 'headline', 'key_figures', 'build_report', 'clean_text',
+           'md_table', 'md_plot', 'render_markdown', 'render_html', 'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
 import datetime, html, json, math, re
@@ -23,11 +23,19 @@ from .common import append_jsonl, atomic_write, base_dir, human, human_time, rea
 STAGES = ('tok_train', 'tok_eval', 'base_train', 'base_eval', 'mid_train', 'chat_sft', 'chat_rl', 'chat_eval')
 RUN_FOLDERS = {'base_train': 'base_checkpoints', 'mid_train': 'mid_checkpoints', 'chat_sft': 'chatsft_checkpoints', 'chat_rl': 'chatrl_checkpoints'}
 
+def _storable(v: Any) -> Any:
+    "A value that survives one line of JSON: NaN and infinity become None; lone surrogates and Unicode's other line ends, at which a reader may split, become '�'."
+    if isinstance(v, dict): return {_storable(str(k)): _storable(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_storable(x) for x in v]
+    if isinstance(v, float): return v if math.isfinite(v) else None
+    return re.sub('[\x85\u2028\u2029\ud800-\udfff]', '\ufffd', v) if isinstance(v, str) else v
+
 def log_result(stage: str, result: dict[str, Any], base: Path | None = None) -> None:
     "Append a stage's result, with the time (UTC), to `report/results.jsonl` under the base directory."
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    append_jsonl((base or base_dir())/'report'/'results.jsonl', {'stage': stage, 'time': now, **result})
+    append_jsonl((base or base_dir())/'report'/'results.jsonl', _storable({'stage': stage, 'time': now, **result}))
 
+# %% ../nbs/15_report.ipynb #5c114804
 def load_results(base: Path) -> dict[str, list[dict]]:
     "All result lines by stage, oldest first. Lines that are torn or are not objects with a known stage are left out."
     rows = [r for r in read_jsonl(base/'report'/'results.jsonl') if isinstance(r, dict)]
@@ -93,7 +101,7 @@ class Plot:
     lines: dict[str, float] = field(default_factory=dict)
     unit: str = ''
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 52, 14, 12, 30  # the drawing, in SVG units
+W, H, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 60, 14, 12, 30  # the drawing, in SVG units
 
 def _scale(lo: float, hi: float, a: float, b: float):
     "The map from values in [lo, hi] to coordinates in [a, b]."
@@ -153,7 +161,7 @@ def show(key: str, v: Any) -> str:
     if isinstance(v, bool): return 'yes' if v else 'no'
     if isinstance(v, (int, float)): return _show_number(key, v)
     if isinstance(v, (list, tuple)): return ', '.join(show('', x) for x in v)
-    return clean_text(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))
+    return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
 
 def _show_number(key: str, v: float) -> str:
     "A number by the unit in its key."
@@ -163,10 +171,6 @@ def _show_number(key: str, v: float) -> str:
     if re.search(r'accuracy|chance|fraction|share', key) and 0 <= v <= 1: return f'{v:.1%}'
     if isinstance(v, int): return f'{v:,}' if abs(v) < 10**9 else human(v)
     return f'{v:,.0f}' if abs(v) >= 10_000 else f'{v:.4g}'
-
-def clean_text(s: str) -> str:
-    "Text without control characters and lone surrogates, which neither HTML nor UTF-8 can hold; they become '�'."
-    return re.sub('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', s)
 
 # %% ../nbs/15_report.ipynb #371f2a42
 @dataclass
@@ -198,7 +202,7 @@ HIDDEN = {'stage', 'time', 'samples', 'run', 'model_config', 'config', 'environm
 
 def words(key: str) -> str:
     "A key as words: 'val_bpb' -> 'val bpb'."
-    return clean_text(str(key)).replace('_', ' ')
+    return str(key).replace('_', ' ')
 
 def facts(result: dict) -> Table:
     "The plain values of a result as a two-column table."
@@ -289,7 +293,7 @@ def samples_of(result: dict) -> list[tuple[str, str]]:
     for i, s in enumerate(result.get('samples') or [], 1):
         if not isinstance(s, dict): s = {'completion': s}
         prompt, text = str(s.get('prompt', '')), str(s.get('completion', s.get('text', '')))
-        pairs.append((f'sample {i}', clean_text(prompt + text)))
+        pairs.append((f'sample {i}', prompt + text))
     return pairs
 
 def stage_section(stage: Stage, lines: dict[str, float]) -> Section:
@@ -368,7 +372,7 @@ def headline(stages: dict[str, Stage]) -> tuple[str, str]:
     parts = [f'{human(params)} parameters' if params else '', f"depth {facts_['depth']}" if _number(facts_.get('depth')) else '',
              f"{human(facts_['tokens'])} tokens" if _number(facts_.get('tokens')) else '', f"of {facts_['corpus']}" if facts_.get('corpus') else '',
              f'finished {max(times)[:10]}' if times else '']
-    return f'nanochat · {show("", tag)}', clean_text(', '.join(p for p in parts if p).replace(', of', ' of'))
+    return f'nanochat · {show("", tag)}', ', '.join(p for p in parts if p).replace(', of', ' of')
 
 def key_figures(stages: dict[str, Stage], price: float | None) -> list[tuple[str, str, str]]:
     "What to remember: bpb against the 5-gram, mean task score after each stage, tokens, time, cost."
@@ -376,8 +380,9 @@ def key_figures(stages: dict[str, Stage], price: float | None) -> list[tuple[str
     bpb, ngram = (ev.get(k) for k in ('val_bpb', 'ngram_bpb'))
     if _number(bpb): figures.append(('bits per byte', f'{bpb:.3f}', f'5-gram: {ngram:.3f}' if _number(ngram) else 'on held-out text'))
     for source, r in by_source(stages['chat_eval'].results).items():
-        got = [t['accuracy'] for t in task_scores(r).values() if t['accuracy'] is not None]
-        if got: figures.append((f'tasks after {source}', f'{sum(got) / len(got):.0%}', f'mean of {len(got)}'))
+        got = [t for t in task_scores(r).values() if t['accuracy'] is not None]
+        mean = lambda key: sum(t[key] or 0. for t in got) / len(got)
+        if got: figures.append((f'tasks after {source}', f"{mean('accuracy'):.0%}", f"mean of {len(got)}; chance {mean('chance'):.0%}"))
     figures.append(('time', human_time(total), 'all stages'))
     if price: figures.append(('cost', f'{total / 3600 * price:.2f}', f'at {price:g} per hour'))
     return figures
@@ -388,11 +393,16 @@ def build_report(stages: dict[str, Stage], price: float | None = None) -> Report
     ngram = stages['base_eval'].result.get('ngram_bpb')
     lines = {'5-gram': ngram} if _number(ngram) else {}
     env = next((s.environment for s in stages.values() if s.environment), {})
-    sections = [score_section(s) if s.name == 'chat_eval' else stage_section(s, lines) for s in stages.values()]
+    sections = [score_section(s) if s.name == 'chat_eval' else stage_section(s, lines if s.name in ('base_train', 'mid_train') else {}) for s in stages.values()]
     sections.insert(0, sections.pop())  # what it can do comes first
     sections.append(time_section(stages, price))
     sections.append(Section('Environment', [] if env else ['Missing: no run directory has recorded its environment.'], [facts(env)] if env else []))
     return Report(*headline(stages), key_figures(stages, price), sections)
+
+# %% ../nbs/15_report.ipynb #2f109cad
+def clean_text(s: str) -> str:
+    "Text without control characters and lone surrogates, which neither HTML nor UTF-8 can hold; they become '�'."
+    return re.sub('[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', s)
 
 # %% ../nbs/15_report.ipynb #7897cc95
 def _md(text: str) -> str:
@@ -419,7 +429,7 @@ def render_markdown(report: Report) -> str:
         out += [f'## {_md(s.title)}', *map(_md, s.notes), *map(md_table, s.tables), *map(md_plot, s.plots)]
         for label, text in s.samples:
             out += [f'{_md(label)}:', '\n'.join('    ' + line for line in text.split('\n'))]
-    return '\n\n'.join(o for o in out if o) + '\n'
+    return clean_text('\n\n'.join(o for o in out if o) + '\n')
 
 # %% ../nbs/15_report.ipynb #2dbc871d
 CSS = '''
@@ -432,8 +442,8 @@ p { margin: 6px 0; } .soft, caption, figcaption, .figures span { color: var(--so
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 10px; margin: 20px 0 0; }
 .figures div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; } .figures b { display: block; font-size: 1.5rem; line-height: 1.3; } .figures span { display: block; }
 .scroll { overflow-x: auto; margin: 10px 0; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } caption { text-align: left; padding-bottom: 4px; }
-th, td { text-align: right; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); } th { font-weight: 600; } td:first-child, th:first-child { text-align: left; } td:last-child { padding-right: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px; } figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 10px 2px; max-width: 560px; }
+th, td { text-align: right; white-space: nowrap; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--rule); } th { font-weight: 600; } td:first-child, th:first-child { text-align: left; } caption { white-space: nowrap; } td:last-child { padding-right: 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; } figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 10px 2px; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 13px system-ui, sans-serif; } .grid { stroke: var(--rule); } .line { stroke: var(--soft); stroke-dasharray: 5 4; }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } polyline.faint { stroke-width: 1; opacity: .35; } circle.faint { display: none; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); } circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: var(--c2); } circle.c3 { fill: var(--c3); }
@@ -462,7 +472,7 @@ def render_html(report: Report) -> str:
     import jinja2
     from markupsafe import Markup
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return env.from_string(PAGE).render(r=report, css=Markup(CSS), svg=lambda p: Markup(svg(p)))
+    return clean_text(env.from_string(PAGE).render(r=report, css=Markup(CSS), svg=lambda p: Markup(svg(p))))
 
 # %% ../nbs/15_report.ipynb #76540515
 def generate_report(base: Path | str | None = None, price_per_hour: float | None = None) -> Path:
