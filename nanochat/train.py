@@ -6,7 +6,8 @@
 __all__ = ['Batch', 'PEAK_FLOPS', 'all_sum', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'Schedule',
            'remember_initials', 'apply_schedule', 'NonFiniteLoss', 'check_finite', 'TrainState', 'Loop', 'train_step',
            'peak_flops', 'metrics_line', 'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals',
-           'TrainResult', 'Recorder', 'after_step', 'fit', 'evaluated', 'resume', 'rehearse', 'iterations_for']
+           'TrainResult', 'Recorder', 'after_step', 'fit', 'evaluated', 'resume', 'Job', 'run_job', 'finished',
+           'rehearse', 'iterations_for']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, functools, json, math, signal, threading, time
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checkpoint_manager import clean_run, list_checkpoints, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from .checkpoint_manager import clean_run, init_run, list_checkpoints, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from .common import Progress, UserError, append_jsonl, atomic_write, get_ranks, human, human_time, peak_memory_bytes, print0, read_jsonl
 from .scaling import lr_multiplier, muon_momentum, weight_decay_multiplier
 
@@ -287,6 +288,38 @@ def resume(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     meta = found.meta
     if get_ranks().is_main: trim_metrics(run/'metrics.jsonl', meta['step'])
     return TrainState(meta['step'], meta.get('tokens', 0), meta.get('seconds', 0.0), found.loader_state, meta.get('loss'), found.rng)
+
+# %% ../nbs/10_train.ipynb #3e283845
+@dataclass
+class Job:
+    "What a stage has decided before its first step."
+    run: Path
+    config: dict[str, Any]  # everything that decides the result; becomes config.json
+    tokenizer: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Callable[[dict | None], Iterator]  # from a state, or from the beginning
+    schedule: Schedule
+    loop: Loop
+    hooks: Sequence[Hook] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+    begin: bool = True  # False: go on with the run that is there
+
+def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
+    "Open the run, or go on where its newest checkpoint is, and train to the end."
+    if job.begin: init_run(job.run, job.config, job.tokenizer, next(job.model.parameters()).device)
+    state = resume(job.run, job.model, job.optimizer) or TrainState()
+    if state.step: print0(f'{job.run.name}: going on after step {state.step} of {job.loop.num_iterations}')
+    print0(f'{desc}: {job.loop.num_iterations} steps; metrics and checkpoints go to {job.run}')
+    model = torch.compile(job.model, dynamic=False) if compiled else job.model
+    loader = job.loader(state.loader_state)
+    try: return fit(model, job.optimizer, loader, job.schedule, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc)
+    finally: getattr(loader, 'close', lambda: None)()
+
+def finished(run: Path) -> dict[str, Any] | None:
+    "The result of a run that has been completed, or None."
+    path = run/'result.json'
+    return json.loads(path.read_text(encoding='utf8')) if path.exists() and list_checkpoints(run) else None
 
 # %% ../nbs/10_train.ipynb #47d93cd1
 def rehearse(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, loop: Loop, steps: int = 3) -> float:
