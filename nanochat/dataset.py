@@ -12,6 +12,7 @@ __all__ = ['SKIPPED_FOLDERS', 'SUFFIXES', 'HUB', 'SEED', 'ROW_GROUP', 'SHARD_BYT
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
 import contextlib, hashlib, importlib, importlib.util, inspect, io, json, os, re, sys, sysconfig, tokenize, warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def module_docs(name: str) -> str | None:
     for key, value in sorted(vars(module).items()):
         if key.startswith('_') or not callable(value): continue
         doc = inspect.getdoc(value)
-        if doc: parts.append(f'{name}.{key}{getattr(value, "__text_signature__", None) or "(...)"}\n    ' + doc.replace('\n', '\n    '))
+        call = re.sub(r'\$\w+(, )?', '', getattr(value, '__text_signature__', None) or '(...)')
+        if doc: parts.append(f'{name}.{key}{call}\n    ' + doc.replace('\n', '\n    '))
     return '\n\n'.join(parts) if len(parts) > 1 else None
 
 # %% ../nbs/02_dataset.ipynb #4604504b
@@ -191,7 +193,7 @@ def first_bytes(documents: Sequence[str], max_bytes: int | None) -> list[str]:
 # %% ../nbs/02_dataset.ipynb #20777b89
 def cut_document(text: str, fraction: float) -> tuple[str, str]:
     "A document in two, its tail about `fraction` of it, cut after a newline near that point if there is one."
-    at = min(max(int(len(text) * (1 - fraction)), 1), len(text) - 1)
+    at = min(max(int(len(text) * (1 - fraction)), 1), len(text.rstrip()) - 1)
     reach = max(len(text) // 50, 200)  # how far from the point a newline may be
     before, after = text.rfind('\n', max(at - reach, 0), at), text.find('\n', at, at + reach)
     lines = [n + 1 for n in (before, after) if n >= 0 and text[:n].strip() and text[n + 1:].strip()]
@@ -242,7 +244,6 @@ class Documents:
     def __len__(self) -> int: return self.starts[-1]
 
     def __getitem__(self, i: int) -> str:
-        from bisect import bisect_right
         if not 0 <= i < len(self): raise IndexError(i)
         shard = bisect_right(self.starts, i) - 1
         group, row = self._locate(shard, i - self.starts[shard])
