@@ -28,13 +28,11 @@ def adamw_step(params: list[Tensor], grads: list[Tensor], states: list[dict[str,
                lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     "One AdamW step in place, decoupled and bias-corrected, in fp32 for any storage dtype (arXiv 1711.05101)."
     as_fp32 = lambda t: t.to(torch.float32).contiguous()
-    work = [as_fp32(p) for p in params]
-    column = lambda key: [s[key] for s in states]
-    torch_adamw(work, [as_fp32(g) for g in grads], column('exp_avg'), column('exp_avg_sq'), [], column('step'),
-                fused=work[0].device.type in ('cpu', 'cuda'), amsgrad=False, maximize=False,
-                lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
-    for p, w in zip(params, work):
-        if p.data_ptr() != w.data_ptr(): p.copy_(w)
+    for p, g, s in zip(params, grads, states):  # one at a time: only one fp32 copy exists at once
+        work = as_fp32(p)
+        torch_adamw([work], [as_fp32(g)], [s['exp_avg']], [s['exp_avg_sq']], [], [s['step']], fused=p.device.type in ('cpu', 'cuda'),
+                    lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
+        if work.data_ptr() != p.data_ptr(): p.copy_(work)
 
 # %% ../nbs/05_optim.ipynb #78aacf50
 def nesterov(grad: Tensor, buffer: Tensor, momentum: float | Tensor) -> Tensor:
