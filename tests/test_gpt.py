@@ -188,7 +188,7 @@ def test_gradients_against_finite_differences(fp32):
             for eps in (1e-5, -2e-5):
                 p.add_(direction, alpha=eps)
                 values.append(loss().item())
-        assert (g * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-7), name
+        assert (g * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-6), name
 
 
 def test_bf16_training_follows_fp32(monkeypatch):
