@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KVCache', 'next_token_odds', 'pick', 'sample_next_token', 'uniforms', 'ToolUse', 'model_dtype', 'inference_copy',
-           'weights_version', 'Slots', 'SlotCache', 'Row', 'context_limit', 'check_request', 'read_prompt', 'Decoder',
-           'Engine']
+           'weights_version', 'Slots', 'SlotCache', 'Row', 'context_limit', 'check_request', 'read_prompt',
+           'last_logits', 'Decoder', 'Engine']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import copy, hashlib
@@ -239,6 +239,23 @@ def read_prompt(model: Any, ids: Tensor, cache: KVCache) -> Tensor:
     "Run prompts (B, T) into an empty cache; fp32 logits (B, V) of the last position."
     if not isinstance(model, GPT): return model.forward(ids, kv_cache=cache)[:, -1]
     return softcapped_logits(model.trunk(ids, kv_cache=cache)[:, -1], model.lm_head.weight, model.config.vocab_size)
+
+# %% ../nbs/12_engine.ipynb #5d9cda08
+@torch.inference_mode()
+def last_logits(model: Any, prompts: list[list[int]], batch_tokens: int = 8192) -> Tensor:
+    "fp32 logits (N, V) after each of N prompts, computed without a cache in right-padded batches of at most `batch_tokens`."
+    order, out, start = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts), 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * len(prompts[order[stop]]) <= batch_tokens: stop += 1
+        group, start = order[start:stop], stop
+        T = len(prompts[group[-1]])
+        ids = torch.tensor([prompts[i] + [0] * (T - len(prompts[i])) for i in group], device=model.get_device())
+        rows, last = torch.arange(len(group)), torch.tensor([len(prompts[i]) - 1 for i in group])
+        if isinstance(model, GPT): logits = softcapped_logits(model.trunk(ids)[rows, last], model.lm_head.weight, model.config.vocab_size)
+        else: logits = model.forward(ids)[rows, last]
+        for i, row in zip(group, logits): out[i] = row
+    return torch.stack(out)
 
 # %% ../nbs/12_engine.ipynb #e2dbe795
 class Decoder:
