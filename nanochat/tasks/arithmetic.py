@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'LIMITS', 'NAMES', 'THINGS', 'GAINS', 'LOSSES', 'QUESTIONS', 'LEVELS', 'draw_number', 'one_step',
-           'two_steps', 'story', 'evaluate_call', 'Arithmetic']
+           'two_steps', 'story', 'draw_for_split', 'Arithmetic']
 
 # %% ../../nbs/tasks/02_arithmetic.ipynb #3d24ef48
 import random
 
 from ..common import UserError
+from ..execution import use_calculator
 from .common import Task, check_split, completion_text, final_number, split_of, tool_answer, user
 
 # %% ../../nbs/tasks/02_arithmetic.ipynb #7086f6e6
@@ -57,9 +58,11 @@ def story(rng: random.Random) -> tuple[str, str]:
 QUESTIONS = ('What is {}?', 'Calculate {}.', 'How much is {}?', 'Compute {}.', 'What do you get for {}?', 'Please work out {}.')
 LEVELS = {1: one_step, 2: two_steps, 3: story}
 
-def evaluate_call(call: str) -> int:
-    "The value of an expression that this module made: integers, + - * and brackets."
-    return eval(call, {'__builtins__': {}})
+def draw_for_split(rng: random.Random, level: int, split: str) -> tuple[str, str]:
+    "A question's expression (a whole story at level 3) and its call, drawn until the call belongs to `split`."
+    while True:
+        said, call = LEVELS[level](rng)
+        if split_of('arithmetic:' + call) == split: return said, call
 
 # %% ../../nbs/tasks/02_arithmetic.ipynb #b2330005
 class Arithmetic(Task):
@@ -74,10 +77,9 @@ class Arithmetic(Task):
 
     def get_example(self, index: int) -> dict:
         rng = random.Random(f'arithmetic/{self.level}/{self.split}/{index}')
-        said, call = LEVELS[self.level](rng)
-        while split_of('arithmetic:' + call) != self.split: said, call = LEVELS[self.level](rng)
+        said, call = draw_for_split(rng, self.level, self.split)
         question = said if self.level == 3 else rng.choice(QUESTIONS).format(said)
-        value = evaluate_call(call)
+        value = use_calculator(call)
         return {'messages': [user(question), tool_answer(call, value, f'The answer is {value}.')]}
 
     def evaluate(self, conversation: dict, completion: str) -> int:
