@@ -6,7 +6,8 @@
 __all__ = ['Batch', 'PEAK_FLOPS', 'all_sum', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate',
            'NonFiniteLoss', 'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'metrics_line',
            'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult', 'Recorder',
-           'after_step', 'fit', 'evaluated', 'resume', 'Job', 'run_job', 'finished', 'rehearse', 'iterations_for']
+           'after_step', 'fit', 'evaluated', 'resume', 'Job', 'run_job', 'close', 'decisive', 'every', 'finished',
+           'rehearse', 'iterations_for']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, dataclasses, json, math, signal, threading, time
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from .checkpoint_manager import clean_run, init_run, list_checkpoints, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from .common import Progress, UserError, append_jsonl, atomic_write, compute_dtype, get_ranks, human, peak_memory_bytes, print0, read_jsonl
+from .dataloader import gather_state
 from .scaling import TrainPlan, apply_schedule
 
 # %% ../nbs/10_train.ipynb #00032929
@@ -215,7 +217,8 @@ class Recorder:
         "Write a checkpoint, unless this step has one."
         if not self.run or self.saved == state.step: return
         meta = self.meta | dict(tokens=state.tokens, seconds=state.seconds, loss=state.loss)
-        save_checkpoint(self.run, state.step, model, optimizer, meta, state.loader_state, keep=self.keep)
+        place = gather_state(state.loader_state) if 'world_size' in (state.loader_state or {}) else state.loader_state
+        save_checkpoint(self.run, state.step, model, optimizer, meta, place, keep=self.keep)
         self.saved = state.step
 
 # %% ../nbs/10_train.ipynb #b3dd8c8e
@@ -293,7 +296,19 @@ def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     model = torch.compile(job.model, dynamic=False) if compiled else job.model
     loader = job.loader(state.loader_state)
     try: return fit(model, job.optimizer, loader, job.plan, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc)
-    finally: getattr(loader, 'close', lambda: None)()
+    finally: close(loader)
+
+def close(loader: Iterator) -> None:
+    "End a loader's prefetch thread, if it has one."
+    getattr(loader, 'close', lambda: None)()
+
+def decisive(cfg: Any, ignore: Sequence[str]) -> dict[str, Any]:
+    "The settings of a script's config that decide the result of a run: all but those in `ignore`."
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
+
+def every(setting: int, num_iterations: int, times: int = 5) -> int:
+    "A number of steps as given; 0 stands for about `times` in the run, -1 for only at the end (which is 0 for `Hook` and `Loop`)."
+    return -(-num_iterations // times) if setting == 0 else max(0, setting)
 
 def finished(run: Path) -> dict[str, Any] | None:
     "The result of a run that has been completed, or None."
@@ -304,15 +319,17 @@ def finished(run: Path) -> dict[str, Any] | None:
 def rehearse(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, plan: TrainPlan, steps: int = 3) -> float:
     "Median seconds of `steps` real steps, after one that warms up. The model is changed: build it anew."
     state, seconds = TrainState(), []
-    for _ in range(steps + 1):
-        before = state.seconds
-        train_step(model, optimizer, loader, plan, state)
-        seconds.append(state.seconds - before)
+    try:
+        for _ in range(steps + 1):
+            before = state.seconds
+            train_step(model, optimizer, loader, plan, state)
+            seconds.append(state.seconds - before)
+    finally: close(loader)
     return sorted(seconds[1:])[steps // 2]
 
-def iterations_for(minutes: float, step_seconds: float, spent: float = 0.0, least: int = 10) -> int:
-    "How many steps fit into what is left of a budget after `spent` seconds, and never fewer than `least`. The slowest rank decides for all."
-    steps = max(least, int((minutes * 60 - spent) / step_seconds))
+def iterations_for(seconds: float, step_seconds: float, least: int = 10) -> int:
+    "How many steps fit into so many seconds, and never fewer than `least`. With several ranks the slowest decides."
+    steps = max(least, int(seconds / step_seconds))
     if not (dist.is_available() and dist.is_initialized()): return steps
     t = torch.tensor(steps, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
     dist.all_reduce(t, op=dist.ReduceOp.MIN)
