@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCIDENTAL', 'LENGTHS', 'PROMPTS', 'BaseTrainConfig', 'default_preset', 'resolve', 'Setup', 'make_plan', 'identity',
            'stored_settings', 'prepare', 'build', 'training_loader', 'validation_bpb', 'samples', 'evaluation',
-           'within_minutes', 'job_for', 'summary', 'main']
+           'within_minutes', 'job_for', 'summary', 'describe', 'base_train', 'main']
 
 # %% ../../nbs/scripts/02_base_train.ipynb #52212d47
 import dataclasses, json, math, time
@@ -204,7 +204,7 @@ def describe(setup: Setup) -> str:
     "One line on what is about to be trained."
     c, p = setup.config, setup.plan
     return (f'{setup.run.name}: {c.n_layer} layers, width {c.n_embd}, vocabulary {c.vocab_size}, {human(p.tokens)} tokens of {setup.corpus.name} '
-            f'({p.tokens / max(p.scaling_params, 1):.1f} per parameter), {human(p.flops, 'FLOP')} on {setup.device}')
+            f'({p.tokens / max(p.scaling_params, 1):.1f} per parameter), {human(p.flops)} FLOPs on {setup.device}')
 
 def base_train(cfg: BaseTrainConfig) -> dict[str, Any]:
     "Pretrain, or finish what was begun; returns the summary that the report shows. Raises `UserError` before work begins if something is missing."
