@@ -1,0 +1,233 @@
+"""Corpora: what is read, how it is mixed and held out, what is recognised, and what is refused with which sentence."""
+import json, os, shutil, subprocess, sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.common import UserError
+from nanochat.dataset import Documents, cut_document, open_corpus, prepare_corpus, shuffled, split_validation, stdlib_documents, write_shard
+
+
+def texts_of(corpus):
+    return list(corpus.documents('train')), list(corpus.documents('val'))
+
+
+def write_jsonl(path, texts):
+    path.write_text(''.join(json.dumps({'text': t}, ensure_ascii=False) + '\n' for t in texts), encoding='utf8')
+    return path
+
+
+@pytest.fixture
+def stories(tmp_path):
+    return write_jsonl(tmp_path/'stories.jsonl', [f'story {i}: ' + 'na ' * (i % 50) for i in range(400)])
+
+
+def test_stdlib_corpus():
+    corpus = prepare_corpus('stdlib', max_bytes=4_000_000)
+    train, val = texts_of(corpus)
+    assert 3_900_000 < corpus.nbytes('train') + corpus.nbytes('val') <= 4_000_000
+    assert corpus.nbytes('train') == sum(len(t.encode()) for t in train)
+    assert 0.01 < corpus.nbytes('val') / 4_000_000 < 0.04
+    assert not set(train) & set(val) and len(set(train)) == len(train)
+    assert sum('def ' in t for t in train) > 100
+
+
+def test_stdlib_holds_sources_reference_and_compiled_docstrings():
+    docs = list(stdlib_documents())
+    assert any(t.startswith('math\n') and 'math.sqrt' in t for t in docs)
+    assert any('Dedicated' in t or 'textwrap' in t for t in docs) and any('def dedent(' in t for t in docs)
+    assert not any('site-packages' in f.parts or '__pycache__' in f.parts for f in dataset.stdlib_files())
+
+
+def test_order_and_split_do_not_depend_on_names_or_dates(tmp_path, monkeypatch):
+    made = []
+    for k, names in enumerate((['a', 'b', 'c', 'd', 'e'], ['z', 'y', 'x', 'w', 'v'])):
+        folder = tmp_path/f'{k}'; folder.mkdir()
+        for i, n in enumerate(names): (folder/f'{n}.txt').write_text(f'text number {i} ' * 20)
+        made.append(texts_of(prepare_corpus(folder)))
+    assert made[0] == made[1]
+
+
+def test_unchanged_source_is_recognised_and_changed_one_noticed(stories):
+    first = prepare_corpus(stories)
+    stamp = os.stat(first.path/'manifest.json').st_ino
+    os.utime(stories, (1, 1))
+    assert os.stat(prepare_corpus(stories).path/'manifest.json').st_ino == stamp
+    assert os.stat(prepare_corpus(stories, force=True).path/'manifest.json').st_ino != stamp
+    with open(stories, 'a') as f: f.write('{"text": "one more"}\n')
+    changed = prepare_corpus(stories)
+    assert changed.manifest['fingerprint'] != first.manifest['fingerprint']
+    assert 'one more' in sum(texts_of(changed), [])
+
+
+def test_other_settings_are_another_corpus(stories):
+    everything = set(sum(texts_of(prepare_corpus(stories)), []))
+    small = prepare_corpus(stories, max_bytes=5000)  # takes the place of the whole one
+    assert 4000 < small.nbytes('train') + small.nbytes('val') <= 5000
+    assert set(sum(texts_of(small), [])) < everything
+
+
+@pytest.mark.parametrize('damage', ['missing', 'changed', 'manifest'])
+def test_damaged_corpus_is_made_again(stories, damage):
+    corpus = prepare_corpus(stories)
+    before, shard = texts_of(corpus), corpus.shards('train')[0]
+    if damage == 'missing': shard.unlink()
+    if damage == 'changed':
+        raw = bytearray(shard.read_bytes()); raw[len(raw) // 2] ^= 255; shard.write_bytes(raw)
+    if damage == 'manifest': (corpus.path/'manifest.json').write_text('{"torn')
+    assert texts_of(prepare_corpus(stories)) == before and not open_corpus(stories).damaged()
+
+
+def test_validation_is_what_the_manifest_says_not_what_is_on_disk(stories):
+    corpus = prepare_corpus(stories)
+    before = texts_of(corpus)
+    shutil.copy(corpus.shards('train')[0], corpus.path/'zz_extra.parquet')
+    assert texts_of(open_corpus(stories)) == before
+    corpus.shards('train')[0].unlink()
+    with pytest.raises(UserError, match='lacks train_00000.parquet; run: python -m nanochat.dataset'): open_corpus(stories)
+
+
+def test_all_formats_and_scripts(tmp_path):
+    folder = tmp_path/'mine'; (folder/'deep').mkdir(parents=True); (folder/'.hidden').mkdir()
+    (folder/'a.txt').write_text('Ελληνικά'); (folder/'deep'/'b.MD').write_text('\ufeff日本語'); (folder/'.hidden'/'c.txt').write_text('secret')
+    write_jsonl(folder/'c.jsonl', ['العربية', 'emoji 🙂', 'Ελληνικά'])
+    pq.write_table(pa.table({'id': [1, 2], 'text': ['हिन्दी', None]}), folder/'d.parquet')
+    (folder/'picture.png').write_bytes(b'\x89PNG\xff')
+    corpus = prepare_corpus(folder, val_fraction=0.2)
+    assert sorted(''.join(t) for t in [sum(texts_of(corpus), [])] for t in t) == sorted(['Ελληνικά', '日本語', 'العربية', 'emoji 🙂', 'हिन्दी'])
+
+
+@pytest.mark.parametrize('text', ['\n'.join(f'line {i}' for i in range(3000)), 'x' * 5000, 'ab', 'a\n', '日本' * 100, '\n\n a b \n\n'])
+def test_one_document_is_split_inside(tmp_path, text):
+    (tmp_path/'novel.txt').write_text(text)
+    if len(text.strip()) < 2:
+        with pytest.raises(UserError, match='nothing to hold out'): prepare_corpus(tmp_path/'novel.txt')
+        return
+    (head,), (tail,) = texts_of(prepare_corpus(tmp_path/'novel.txt'))
+    assert head + tail == text and head.strip() and tail.strip()
+    if len(text) > 1000: assert 0.03 < len(tail) / len(text) < 0.07
+    if 'line' in text: assert head.endswith('\n')
+
+
+def test_few_large_documents_lose_a_tail_not_a_document():
+    docs = ['a' * 10_000, 'b' * 9_000, 'c' * 8_000]
+    train, val = split_validation(docs, 0.02)
+    assert len(train) == 3 and len(val) == 1 and train[0] + val[0] == docs[0] and len(val[0]) < 1000
+
+
+def test_copies_and_blanks_are_left_out():
+    assert sorted(shuffled(['a', 'b', 'a', ' \n', ''])) == ['a', 'b']
+
+
+def test_shards_and_random_access(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, 'SHARD_BYTES', 3000)
+    corpus = prepare_corpus(write_jsonl(tmp_path/'many.jsonl', [f'{i} ' * 20 for i in range(1000)]))
+    assert len(corpus.shards('train')) > 5
+    docs, reader = list(corpus.documents('train')), corpus.reader('train')
+    assert len(docs) == len(reader) == corpus.rows('train')
+    order = [(i * 7919) % len(docs) for i in range(len(docs))]
+    assert [reader[i] for i in order] == [docs[i] for i in order]
+    with pytest.raises(IndexError): reader[len(docs)]
+
+
+def test_row_groups_of_any_size(tmp_path):
+    with pq.ParquetWriter(tmp_path/'odd.parquet', pa.schema([('text', pa.string())])) as w:
+        for start, n in ((0, 3), (3, 1), (4, 10), (14, 2)): w.write_table(pa.table({'text': [str(i) for i in range(start, start + n)]}))
+    d = Documents([tmp_path/'odd.parquet'], [16], keep=1)
+    assert [d[i] for i in (15, 0, 3, 4, 13, 14)] == ['15', '0', '3', '4', '13', '14'] and list(d) == [str(i) for i in range(16)]
+
+
+def bad_sources(p):
+    (p/'latin.txt').write_bytes(b'abc caf\xe9 abc')
+    yield p/'latin.txt', r'latin.txt is not valid UTF-8: byte 7 is 0xe9.*--errors replace'
+    (p/'latin.jsonl').write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
+    yield p/'latin.jsonl', 'latin.jsonl is not valid UTF-8: byte 28 is 0xe9'
+    (p/'notext.jsonl').write_text('{"text": "ok"}\n{"body": 1, "id": 2}\n')
+    yield p/'notext.jsonl', "line 2 of notext.jsonl has no text.*found body, id"
+    (p/'list.jsonl').write_text('["text"]\n')
+    yield p/'list.jsonl', 'line 1 of list.jsonl has no text.*found list'
+    (p/'torn.jsonl').write_text('{"text": "ok"}\n{"text": "o')
+    yield p/'torn.jsonl', 'line 2 of torn.jsonl is not JSON'
+    (p/'surrogate.jsonl').write_text('{"text": "a\\ud800b"}\n')
+    yield p/'surrogate.jsonl', 'line 1 of surrogate.jsonl holds a lone surrogate'
+    pq.write_table(pa.table({'content': ['a']}), p/'other.parquet')
+    yield p/'other.parquet', "other.parquet has no string column 'text' .it has: content"
+    pq.write_table(pa.table({'text': [1]}), p/'numbers.parquet')
+    yield p/'numbers.parquet', "no string column 'text'"
+    (p/'fake.parquet').write_bytes(b'PAR1 not really')
+    yield p/'fake.parquet', 'fake.parquet is not a readable parquet file'
+    (p/'empty.txt').write_text(' \n\n')
+    yield p/'empty.txt', 'holds no text'
+    (p/'empty.jsonl').write_text('')
+    yield p/'empty.jsonl', 'holds no text'
+    (p/'folder').mkdir()
+    yield p/'folder', 'holds no .txt, .md, .jsonl, .parquet file'
+    (p/'book.pdf').write_bytes(b'%PDF')
+    yield p/'book.pdf', 'book.pdf is of a kind that cannot be read'
+    yield p/'nowhere', 'there is no file or folder .*nowhere'
+    yield 'climbmix', 'climbmix.*cannot be downloaded yet'
+
+
+def test_bad_input_is_a_sentence_and_writes_nothing(tmp_path, base_directory):
+    for source, sentence in bad_sources(tmp_path):
+        with pytest.raises(UserError, match=sentence): prepare_corpus(source)
+    assert not (base_directory/'corpora').exists()
+
+
+def test_errors_replace_reads_what_strict_refuses(tmp_path):
+    (tmp_path/'latin.txt').write_bytes(b'abc caf\xe9 abc\n' * 50)
+    (tmp_path/'s.jsonl').write_text('{"text": "a\\ud800b, some text"}\n')
+    train, val = texts_of(prepare_corpus(tmp_path, errors='replace'))
+    assert 'caf\ufffd' in ''.join(train + val) and 'a?b' in ''.join(train + val)
+
+
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='root can read everything')
+def test_unreadable_file(stories):
+    stories.chmod(0)
+    with pytest.raises(UserError, match='cannot read .*stories.jsonl: Permission denied'): prepare_corpus(stories)
+
+
+def test_file_that_vanishes_or_fails(stories, monkeypatch):
+    def fails(path): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(dataset, 'sha256_file', fails)
+    with pytest.raises(UserError, match='cannot read .*stories.jsonl: Permission denied'): prepare_corpus(stories)
+
+
+def test_full_disk(stories, base_directory, monkeypatch):
+    usage = shutil.disk_usage(base_directory)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=100))
+    with pytest.raises(UserError, match='of disk and only 100 B are free'): prepare_corpus(stories)
+    assert not list(base_directory.rglob('*.parquet'))
+
+
+def test_crash_while_writing_leaves_the_old_corpus(stories, monkeypatch):
+    before = texts_of(prepare_corpus(stories))
+    monkeypatch.setattr(dataset, 'write_shard', lambda path, texts: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): prepare_corpus(stories, force=True)
+    assert texts_of(open_corpus(stories)) == before and not list(open_corpus(stories).path.parent.glob('.*tmp'))
+
+
+@pytest.mark.parametrize('kwargs, sentence', [(dict(max_bytes=0), 'max_bytes 0'), (dict(val_fraction=0.0), 'val_fraction 0.0'), (dict(val_fraction=1.5), 'between 0 and 1')])
+def test_bad_settings(stories, kwargs, sentence):
+    with pytest.raises(UserError, match=sentence): prepare_corpus(stories, **kwargs)
+
+
+def test_missing_corpus_names_the_command():
+    with pytest.raises(UserError, match='run: python -m nanochat.dataset stdlib'): open_corpus('stdlib')
+    with pytest.raises(UserError, match="unknown split 'test'"): dataset.Corpus('x', None, dict(shards=[])).shards('test')
+
+
+def test_command_line(stories, base_directory):
+    run = lambda *a: subprocess.run([sys.executable, '-m', 'nanochat.dataset', *a], capture_output=True, text=True)
+    ok = run(str(stories), '--max-bytes', '3000')
+    assert ok.returncode == 0, ok.stderr
+    assert 'stories' in ok.stdout and list(base_directory.glob('corpora/stories-*/manifest.json'))
+    bad = run('--source', str(stories) + 'x')
+    assert bad.returncode == 2 and bad.stderr.startswith('error: there is no file or folder') and 'Traceback' not in bad.stderr
+
+
+def test_real_web_shards(shared_data):
+    corpus = prepare_corpus(shared_data/'hub'/'karpathy'/'climbmix-400b-shuffle', max_bytes=2_000_000)
+    assert corpus.rows('train') > 100 and corpus.rows('val') > 0 and corpus.nbytes('train') < 2_000_000
