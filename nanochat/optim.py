@@ -151,9 +151,11 @@ DEFAULTS = dict(adamw=dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
                 muon=dict(lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.0))
 
 def checked_group(group: dict[str, Any]) -> dict[str, Any]:
-    "The group with missing settings filled in. Raises `ValueError` for an unknown kind or setting, or for a Muon group of unlike shapes."
+    "The group with missing settings filled in. Raises `ValueError` for an unknown kind, a setting of the other kind, or a Muon group of unlike shapes."
     kind = group.get('kind')
     if kind not in DEFAULTS: raise ValueError(f"a parameter group needs kind='adamw' or kind='muon', not {kind!r}")
+    foreign = {k for settings in DEFAULTS.values() for k in settings} - set(DEFAULTS[kind])
+    if foreign & set(group): raise ValueError(f"{', '.join(sorted(foreign & set(group)))} means nothing to a group of kind '{kind}'")
     params = [group['params']] if isinstance(group['params'], Tensor) else list(group['params'])
     shapes = {tuple(p.shape) for p in params}
     if kind == 'muon' and (len(shapes) != 1 or len(next(iter(shapes))) != 2):

@@ -11,13 +11,13 @@ __all__ = ['REFERENCE', 'TINY_DEPTH', 'TINY', 'PEAK_FLOPS', 'PRESETS', 'gpt_conf
 
 # %% ../nbs/07_scaling.ipynb #ef63a352
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .common import UserError, human
-from .gpt import GPT, GPTConfig, window_sizes
+from .common import UserError
+from .gpt import GPT, GPTConfig
 
 # %% ../nbs/07_scaling.ipynb #67dc3a56
 def gpt_config(depth: int, vocab_size: int = 32768, sequence_len: int = 2048, *, head_dim: int = 128, aspect_ratio: int = 64,
@@ -100,7 +100,7 @@ def lr_multiplier(step: int, num_iterations: int, warmup_steps: int = 40, warmdo
     "The factor on every learning rate at `step` (from 0): linear warmup, constant, linear fall to `final_lr_frac`."
     warmup, fall = phase_steps(num_iterations, warmup_steps, warmdown_ratio)
     if step < warmup: return (step + 1) / warmup
-    if step <= num_iterations - fall: return 1.0
+    if step <= num_iterations - fall or not fall: return 1.0
     left = max(0, num_iterations - step) / fall
     return left + (1 - left) * final_lr_frac
 
