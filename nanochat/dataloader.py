@@ -199,7 +199,7 @@ class PackedStream:
             pieces = self.source.pieces(numbers)
             if len(pieces) > len(numbers): np.random.default_rng(numbers[0]).shuffle(pieces)  # parts of one document apart
             self.barren = 0 if pieces else self.barren + len(numbers)
-            if self.barren > len(self.source): raise UserError('no conversation has anything to learn within the row; use a longer sequence or other data')
+            if self.barren > max(10_000, 4 * len(self.source)): raise UserError('no conversation has anything to learn within the row; use a longer sequence or other data')
             self._add(pieces)
 
     def _fill(self, b: int) -> int:
@@ -234,7 +234,7 @@ class PackedStream:
         s = state_for(saved, self.ranks)
         if s['source'] != self.source.signature:
             raise UserError(f"the saved data position belongs to other data ({s['source']}, here {self.source.signature}); start anew, or give the data it was saved with")
-        self.next, self.backlog = s['next'], list(s['backlog'])
+        self.next, self.backlog = s['next'], [n for n in s['backlog'] if self.end is None or n < self.end]
         made = {(p.document, p.start): p for p in self.source.pieces(sorted(set(s['buffer'])))} if s['buffer'] else {}
         self._add([made[key] for key in zip(s['buffer'], s['starts'])])
 
