@@ -108,6 +108,12 @@ def test_size_does_not_change_the_examples():
     assert SpellingBee(10)[7] == SpellingBee(10_000)[7] and Arithmetic(10)[3] == Arithmetic(99)[3]
 
 
+def test_plain_questions_differ_only_in_their_quotes():
+    quoted, plain = SpellingBee(50), SpellingBee(50, plain=1.0)
+    assert [question(c).replace("'", '') for c in quoted] == [*map(question, plain)]
+    assert [completion_text(c) for c in quoted] == [completion_text(c) for c in plain]
+
+
 def test_words():
     words, train, test = offline_words(), set(offline_words('train')), set(offline_words('test'))
     assert len(words) >= 8000 and list(words) == sorted(set(words))
@@ -259,3 +265,16 @@ def test_calls_and_questions_are_cut_into_the_same_tokens():
             if isinstance(task, SpellingBee): pieces -= Counter(tok.encode('count'))
             missing = pieces - Counter(asked)
             assert not missing, (question(c), [tok.decode([t]) for t in missing])
+
+
+@every_task
+def test_rendering_trains_on_what_the_assistant_wrote(name):
+    """Masked-in tokens are the answer, its tool call and the end mark; questions and tool outputs are masked out."""
+    from nanochat.tokenizer import RustBPETokenizer
+    tok = RustBPETokenizer.train_from_iterator(['some words to learn from, again and again'] * 9, 300)
+    for c in MAKERS[name](20):
+        ids, mask = tok.render_conversation(c)
+        trained = tok.decode([i for i, m in zip(ids, mask) if m])
+        assert spoken_text(trained) == spoken_text(completion_text(c)) and question(c) not in trained
+        content = c['messages'][-1]['content']
+        if isinstance(content, list): assert content[0]['text'] in trained and '<|output_start|>' not in trained

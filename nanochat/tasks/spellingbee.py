@@ -44,11 +44,11 @@ def words_by_count(split: str) -> tuple[tuple[tuple[str, str], ...], ...]:
 
 # %% ../../nbs/tasks/01_spellingbee.ipynb #ff919de0
 class SpellingBee(Task):
-    "Count a letter in a word with the calculator. `size` examples over the words of one split."
-    def __init__(self, size: int = 1000, split: str = 'train', **window):
+    "Count a letter in a word with the calculator. `size` examples over the words of one split; a share `plain` asks without quotes."
+    def __init__(self, size: int = 1000, split: str = 'train', plain: float = 0.0, **window):
         super().__init__(**window)
         if size < 1: raise UserError(f'a task of {size} examples is empty; give a size of 1 or more')
-        self.size, self.split, self.words = size, check_split(split), offline_words(split)
+        self.size, self.split, self.plain, self.words = size, check_split(split), plain, offline_words(split)
 
     def num_examples(self) -> int: return self.size
 
@@ -57,6 +57,7 @@ class SpellingBee(Task):
         word, letters = rng.choice(rng.choices(words_by_count(self.split), COUNT_WEIGHTS)[0])
         letter = rng.choice(letters)
         question = rng.choice(COUNT_QUESTIONS).format(word=word, letter=letter)
+        if rng.random() < self.plain: question = question.replace("'", '')
         count = word.count(letter)
         return {'messages': [user(question), tool_answer(count_call(word, letter), count, f'The answer is {count}.')]}
 
