@@ -57,7 +57,7 @@ def polar_express(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
         A = x @ x.mT                           # (N, s, s)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         x = torch.baddbmm(x, B, x, beta=a)
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x    # a transposed result would slow every elementwise operation after it
 
 # %% ../nbs/05_optim.ipynb #cd3b68e7
 def equilibrate_rows(x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def adamw_rows(shape: torch.Size | tuple[int, ...], rank: int = 0, world_size: i
 @functools.cache
 def _compiled_muon_step() -> Any:
     "`muon_step` through torch.compile, made at the first use."
-    return torch.compile(muon_step, dynamic=False, fullgraph=True)
+    return torch.compile(muon_step, dynamic=False)
 
 def can_compile(device: torch.device) -> bool:
     "Whether the Muon step is compiled on `device`: a CUDA GPU with Triton installed."

@@ -92,10 +92,11 @@ def _batch_advice(total: int, rows: int, row: int) -> str:
 
 # %% ../nbs/07_scaling.ipynb #1b6652e5
 def phase_steps(num_iterations: int, warmup_steps: int = 40, warmdown_ratio: float = 0.65) -> tuple[int, int]:
-    "(steps of warmup, steps of the fall): the warmup is cut to a tenth of the run, and to what the fall leaves."
+    "(steps of warmup, steps of the fall): the warmup is cut to a fifth of the run, and to what the fall leaves."
     fall = round(warmdown_ratio * num_iterations)
-    return max(0, min(warmup_steps, -(-num_iterations // 10), num_iterations - fall)), fall
+    return max(0, min(warmup_steps, -(-num_iterations // 5), num_iterations - fall)), fall
 
+# %% ../nbs/07_scaling.ipynb #c9a66570
 def lr_multiplier(step: int, num_iterations: int, warmup_steps: int = 40, warmdown_ratio: float = 0.65, final_lr_frac: float = 0.05) -> float:
     "The factor on every learning rate at `step` (from 0): linear warmup, constant, linear fall to `final_lr_frac`."
     warmup, fall = phase_steps(num_iterations, warmup_steps, warmdown_ratio)
@@ -115,6 +116,7 @@ def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float = 0.65, 
     if step < start or not fall: return high
     return high + (final - high) * min(1.0, (step - start) / fall)
 
+# %% ../nbs/07_scaling.ipynb #9a7fa386
 def weight_decay_multiplier(step: int, num_iterations: int) -> float:
     "The factor on Muon's weight decay at `step`: a cosine from 1 to 0."
     return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, num_iterations))))
@@ -242,6 +244,12 @@ def activation_elements(config: GPTConfig) -> int:
     residual, queries, keys, values, output, hidden = 4 * C, 3 * C, 3 * kv, 2 * kv, 2 * C, 8 * C
     return config.n_layer * (residual + queries + keys + values + output + hidden) + 6 * C  # around the blocks: embedding, norms, backout
 
+# %% ../nbs/07_scaling.ipynb #3e03626f
+def _with_total(parts: dict[str, int]) -> dict[str, int]:
+    "The parts with their sum, less the smaller of the optimizer's working space and what is free again by then."
+    idle = min(parts.get('step', 0), parts['activations'] + parts['logits'] + parts.get('casts', 0))
+    return {**parts, 'total': sum(parts.values()) - idle}
+
 def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, training: bool = True) -> dict[str, int]:
     "Bytes by kind, and their `total`: an estimate, good to a factor of two; the CUDA or Python runtime is not in it."
     n = GPT(config).num_scaling_params()
@@ -254,11 +262,6 @@ def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtyp
     largest = 4 * config.n_layer * config.n_embd**2   # the widest Muon stack: all c_fc, or all c_proj
     return _with_total(dict(parameters=parameters, gradients=parameters, optimizer=4 * matrices + 8 * (embeddings + head), casts=casts,
                             activations=activation_elements(config) * tokens * width, logits=3 * logits + 4 * n['lm_head'], step=5 * 4 * largest))
-
-def _with_total(parts: dict[str, int]) -> dict[str, int]:
-    "The parts with their sum; the optimizer's working space is needed when activations are gone, so the larger of the two counts."
-    idle = min(parts.get('step', 0), parts['activations'] + parts['logits'] + parts.get('casts', 0))
-    return {**parts, 'total': sum(parts.values()) - idle}
 
 # %% ../nbs/07_scaling.ipynb #f48ff2f9
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def test_schedules_of_any_length_are_sane(n, fall):
     decays = [weight_decay_multiplier(t, n) for t in range(n + 2)]
     assert all(0 < r <= 1 for r in rates) and all(0.85 <= m <= 0.97 for m in momenta) and all(0 <= d <= 1 for d in decays)
     warmup, down = phase_steps(n, warmdown_ratio=fall)
-    assert warmup <= max(1, math.ceil(n / 10)) and warmup + down <= n
+    assert warmup <= max(1, math.ceil(n / 5)) and warmup + down <= n
     top = rates.index(max(rates))
     assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     peak = momenta.index(max(momenta))
