@@ -6,8 +6,8 @@
 __all__ = ['Batch', 'PEAK_FLOPS', 'all_sum', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate',
            'NonFiniteLoss', 'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'metrics_line',
            'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult', 'Recorder',
-           'after_step', 'fit', 'evaluated', 'resume', 'Job', 'run_job', 'close', 'decisive', 'every', 'finished',
-           'rehearse', 'iterations_for']
+           'after_step', 'fit', 'evaluated', 'resume', 'load_momentum', 'Job', 'run_job', 'close', 'decisive', 'every',
+           'finished', 'rehearse', 'iterations_for', 'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, dataclasses, json, math, signal, threading, time
@@ -271,6 +271,13 @@ def resume(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     if get_ranks().is_main: trim_metrics(run/'metrics.jsonl', meta['step'])
     return TrainState(meta['step'], meta.get('tokens', 0), meta.get('seconds', 0.0), found.loader_state, meta.get('loss'), found.rng)
 
+# %% ../nbs/10_train.ipynb #e49750fd
+def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    "Take over the buffers of a saved optimizer, such as momentum, but none of its settings."
+    own = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for g, settings in zip(optimizer.param_groups, own): g.update(settings)
+
 # %% ../nbs/10_train.ipynb #3e283845
 @dataclass
 class Job:
@@ -334,3 +341,15 @@ def iterations_for(seconds: float, step_seconds: float, least: int = 10) -> int:
     t = torch.tensor(steps, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
     dist.all_reduce(t, op=dist.ReduceOp.MIN)
     return int(t)
+
+def steps_within(minutes: float, start: float, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, plan: TrainPlan,
+                 evaluate: Callable[[], Any], evaluations: int = 5) -> int:
+    "Steps of a run that ends `minutes` after `start` (`time.perf_counter()`), evaluations included, by a rehearsal that spoils the model."
+    print0(f'measuring the speed of this machine for a budget of {minutes:g} minutes')
+    step = rehearse(model, optimizer, loader, plan)
+    before = time.perf_counter()
+    evaluate()
+    reserve = (evaluations + 1) * (time.perf_counter() - before)
+    steps = iterations_for(minutes * 60 - (time.perf_counter() - start) - reserve, step)
+    print0(f'one step takes {step:.2f} s: {steps} steps')
+    return steps

@@ -26,7 +26,7 @@ from ..loss_eval import evaluate_bpb
 from ..report import log_result
 from ..scaling import PRESETS, TrainPlan, get_preset, gpt_config, plan_training
 from ..tokenizer import RustBPETokenizer, get_tokenizer, token_bytes
-from ..train import Hook, Job, Loop, close, decisive, every, finished, iterations_for, peak_flops, rehearse, run_job
+from ..train import Hook, Job, Loop, close, decisive, every, finished, peak_flops, run_job, steps_within
 
 # %% ../../nbs/scripts/02_base_train.ipynb #a792bd48
 @dataclass
@@ -165,17 +165,10 @@ def evaluation(model: GPT, setup: Setup) -> dict[str, float]:
                                        tokens=cfg.eval_tokens, ranks=setup.ranks, long_documents=cfg.long_documents))
 
 # %% ../../nbs/scripts/02_base_train.ipynb #acffb38a
-def within_minutes(setup: Setup, start: float, evaluations: int = 5) -> TrainPlan:
+def within_minutes(setup: Setup, start: float) -> TrainPlan:
     "The plan whose run ends `cfg.minutes` after `start` (`time.perf_counter()`), by a rehearsal on a model that is then thrown away."
-    print0(f'measuring the speed of this machine for a budget of {setup.cfg.minutes:g} minutes')
     model, optimizer = build(setup)
-    step = rehearse(model, optimizer, training_loader(setup), setup.plan)
-    t0 = time.perf_counter()
-    evaluation(model, setup)
-    reserve = (evaluations + 1) * (time.perf_counter() - t0)
-    left = setup.cfg.minutes * 60 - (time.perf_counter() - start) - reserve
-    steps = iterations_for(left, step)
-    print0(f'one step takes {step:.2f} s: {steps} steps')
+    steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, lambda: evaluation(model, setup))
     return make_plan(setup.cfg, setup.config, setup.ranks.world_size, num_iterations=steps)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #2de9bb54
@@ -189,7 +182,7 @@ def job_for(setup: Setup) -> Job:
     hook = Hook(lambda step: evaluation(model, setup), every(cfg.eval_every, plan.num_iterations))
     loop = Loop(save_every=every(cfg.save_every, plan.num_iterations), keep=cfg.keep, peak_flops=peak_flops(setup.device))
     return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, [hook],
-               dict(depth=cfg.depth, corpus=setup.corpus.name, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None)
+               dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None)
 
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
     "What the report is told about a finished run."
