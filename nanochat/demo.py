@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SWITCHES', 'EXAMPLES', 'Answer', 'prompt_ids', 'Sampling', 'reply', 'with_question', 'with_answer', 'without_last',
-           'bubbles', 'tool_bubble', 'Stops', 'converse', 'import_gradio', 'look', 'build_demo', 'describe',
-           'load_engine', 'launch']
+           'bubbles', 'tool_bubble', 'Stops', 'converse', 'sampling_of', 'import_gradio', 'look', 'build_demo',
+           'describe', 'load_engine', 'launch']
 
 # %% ../nbs/17_demo.ipynb #6dc5cda9
-import contextlib, os, threading
+import contextlib, html, os, re, threading, traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .checkpoint_manager import load_model
@@ -115,13 +115,13 @@ def bubbles(messages: list[dict]) -> list[dict]:
             if p['type'] == 'python':
                 result = parts[i + 1]['text'] if len(parts) > i + 1 and parts[i + 1]['type'] == 'python_output' else None
                 out.append(tool_bubble(p['text'], result))
-            elif p['type'] == 'text': out.append({'role': m['role'], 'content': p['text']})
+            elif p['type'] == 'text': out.append({'role': m['role'], 'content': html.escape(p['text'], quote=False)})
     return out
 
 def tool_bubble(expression: str, result: str | None) -> dict:
-    "A tool call as a message that folds away; `result` is None while there is none."
-    title = f'calculator: {result}' if result is not None else 'calculator'
-    return {'role': 'assistant', 'content': expression if result is None else f'{expression}\n= {result}', 'metadata': {'title': title, 'status': 'pending' if result is None else 'done'}}
+    "A tool call as a message that folds away; `result` is None while there is none. Titles are Markdown: only a number may stand there."
+    title = f'calculator: {result}' if re.fullmatch(r'-?[\d.]{1,40}', result or '') else 'calculator'
+    return {'role': 'assistant', 'content': html.escape(expression if result is None else f'{expression}\n= {result}', quote=False), 'metadata': {'title': title, 'status': 'pending' if result is None else 'done'}}
 
 # %% ../nbs/17_demo.ipynb #6417480f
 class Stops:
@@ -151,6 +151,13 @@ def converse(engine: Any, flag: threading.Event, messages: list[dict], text: str
                     yield with_answer(asked, answer.finish()), f'stopped after {answer.tokens} tokens'
                     return
     except UserError as e: yield messages, str(e)
+    except Exception:  # a page that freezes tells its reader nothing; the full story goes to the server's terminal
+        traceback.print_exc()
+        yield messages, 'something went wrong while answering; the terminal of the server says what'
+
+def sampling_of(*values: float | None) -> Sampling:
+    "A `Sampling` from the values of a form, in the order of its fields; an emptied field keeps its default."
+    return Sampling(*(f.default if v is None else f.type(v) for f, v in zip(fields(Sampling), values)))
 
 # %% ../nbs/17_demo.ipynb #f70f2f23
 EXAMPLES = ("How many 'r' are in 'strawberry'?", 'What is 37 * 45?', 'What does `textwrap.dedent` do?', "Spell the word 'parrot'.", 'Who are you?')
@@ -166,14 +173,14 @@ def look() -> dict[str, Any]:
     "Theme and CSS, for `Blocks.launch` or `mount_gradio_app`: the system's own fonts, nothing fetched."
     gr = import_gradio()
     theme = gr.themes.Default(primary_hue='blue', font=[gr.themes.Font('system-ui'), gr.themes.Font('sans-serif')], font_mono=[gr.themes.Font('ui-monospace'), gr.themes.Font('monospace')])
-    return dict(theme=theme, css='.message { white-space: pre-wrap; } .thought-group, .thought-group * { font-family: ui-monospace, monospace; }')
+    return dict(theme=theme, css='.message-content .md { white-space: pre-wrap; } .thought-group, .thought-group * { font-family: ui-monospace, monospace; } #status { min-height: 1.6em; }')
 
 # %% ../nbs/17_demo.ipynb #75a85ce0
 def _settings(gr: Any) -> list[Any]:
     "The controls beside the chat, in the order of the handler's arguments."
     d = Sampling()
     with gr.Accordion('Settings', open=False):
-        system = gr.Textbox(label='System prompt', placeholder='What the model should know or be before it answers', lines=2)
+        system = gr.Textbox('', label='System prompt', placeholder='What the model should know or be before it answers', lines=2)
         with gr.Row():
             temperature = gr.Slider(0, 2, d.temperature, step=0.05, label='Temperature', info='0: always the likeliest token')
             top_k = gr.Slider(0, 200, d.top_k, step=1, label='Top-k', info='0: consider every token')
@@ -186,9 +193,9 @@ def _parts(gr: Any, info: str) -> dict[str, Any]:
     "Everything on the page, by name."
     messages = gr.State([])
     gr.Markdown(f'### nanochat\n{info}' if info else '### nanochat', elem_id='info')
-    chat = gr.Chatbot(show_label=False, height='60vh', render_markdown=False, buttons=['copy'], latex_delimiters=[], placeholder='Ask what the model was taught: letters, sums, the standard library.')
+    chat = gr.Chatbot(show_label=False, height='60vh', render_markdown=False, buttons=[], latex_delimiters=[], placeholder='Ask what the model was taught: letters, sums, the standard library.')
     with gr.Row():
-        box = gr.Textbox(show_label=False, placeholder='Type a message', scale=8, autofocus=True, elem_id='box')
+        box = gr.Textbox('', show_label=False, placeholder='Type a message', container=False, scale=8, autofocus=True, elem_id='box')
         send, stop = gr.Button('Send', variant='primary', min_width=80, elem_id='send'), gr.Button('Stop', variant='stop', min_width=80, visible=False, elem_id='stop')
     status = gr.Markdown('', elem_id='status')
     with gr.Row(): examples = [gr.Button(text, size='sm', min_width=120) for text in EXAMPLES]
@@ -199,13 +206,12 @@ def _handlers(gr: Any, engine: Any) -> tuple[Any, Any, Any]:
     "What sending, Stop and Undo do. Sending yields (conversation, bubbles, text box, status, Send, Stop)."
     stops = Stops()
     def send(text, messages, system, temperature, top_k, seed, max_tokens, request: gr.Request):
-        if not text.strip():
+        if not (text or '').strip():
             yield messages, bubbles(messages), text, '', gr.update(visible=True), gr.update(visible=False)
             return
         flag, status = stops.start(request.session_hash), ''
-        sampling = Sampling(float(temperature), int(top_k), int(seed or 0), int(max_tokens))
         yield messages, bubbles(with_question(messages, text)), '', 'reading …', gr.update(visible=False), gr.update(visible=True)
-        with contextlib.closing(converse(engine, flag, messages, text, system, sampling)) as stream:
+        with contextlib.closing(converse(engine, flag, messages, text, system or '', sampling_of(temperature, top_k, seed, max_tokens))) as stream:
             for messages, status in stream: yield messages, bubbles(messages), gr.skip(), status, gr.skip(), gr.skip()
         yield messages, bubbles(messages), gr.skip(), status, gr.update(visible=True), gr.update(visible=False)
     def stop(request: gr.Request): stops.stop(request.session_hash)
