@@ -74,6 +74,7 @@ class Piece:
     start: int
     ids: np.ndarray
     targets: np.ndarray
+    parts: int = 1  # pieces that its document was cut into
 
 class TextSource:
     "Pretraining documents; every token is a target."
@@ -94,15 +95,15 @@ class TextSource:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encode = lambda ts: self.tokenizer.encode(ts, num_threads=self.threads)
         if self.split: return encode(texts)
-        ids = encode([t[:64 * self.T] for t in texts])  # enough for a row, unless tokens are longer than any we have seen
-        again = [i for i, t in enumerate(texts) if len(t) > 64 * self.T and len(ids[i]) < self.T + 64]
+        ids = encode([t[:16 * self.T] for t in texts])  # characters enough for a row, mostly; a token has about four
+        again = [i for i, t in enumerate(texts) if len(t) > 16 * self.T and len(ids[i]) < self.T + 64]
         for i, full in zip(again, encode([texts[i] for i in again]) if again else []): ids[i] = full
         return ids
 
     def _cut(self, number: int, ids: list[int]) -> list[Piece]:
         starts = range(0, max(len(ids), 1), self.T) if self.split else (0,)
         rows = ((s, np.array([self.bos, *ids[s:s + self.T]], dtype=np.int64)) for s in starts)
-        return [Piece(number, s, row, row) for s, row in rows]
+        return [Piece(number, s, row, row, len(starts)) for s, row in rows]
 
 # %% ../nbs/03_dataloader.ipynb #969596de
 class ChatSource:
@@ -141,6 +142,7 @@ def pending(states: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int]], li
     undealt = [n for st in states for n in (*st['backlog'], *range(st['next'], horizon, st['world_size']))]
     return waiting, sorted(undealt), horizon
 
+# %% ../nbs/03_dataloader.ipynb #77dde11b
 def reshard(states: Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     "The state of one rank of a new world that continues where all ranks of an old one stopped; every remaining document exactly once."
     waiting, undealt, horizon = pending(states)
@@ -148,7 +150,7 @@ def reshard(states: Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     return states[0] | dict(rank=ranks.rank, world_size=ranks.world_size, buffer=[d for d, _ in mine], starts=[s for _, s in mine],
                             backlog=undealt[ranks.rank::ranks.world_size], next=horizon + ranks.rank)
 
-# %% ../nbs/03_dataloader.ipynb #77dde11b
+# %% ../nbs/03_dataloader.ipynb #f0bc3178
 def state_for(resume: dict[str, Any] | Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     "This rank's state from a saved one: its own, or all ranks' as `gather_state` gives them. Raises `UserError` when ranks are missing."
     states = resume.get('ranks', [resume]) if isinstance(resume, dict) else list(resume)
@@ -160,6 +162,7 @@ def state_for(resume: dict[str, Any] | Sequence[dict[str, Any]], ranks: Ranks) -
                         f'needs all of them: save gather_state(state), or continue with {world} ranks')
     return reshard(states, ranks)
 
+# %% ../nbs/03_dataloader.ipynb #b6aea66a
 def gather_state(state: dict[str, Any]) -> dict[str, Any]:
     "All ranks' states in one, for a checkpoint that any number of ranks can resume. Every rank must call it."
     if state['world_size'] == 1: return state
@@ -223,11 +226,11 @@ class PackedStream:
     def state(self) -> dict[str, Any]:
         "What remains, as plain numbers that JSON can hold; `epoch` and `progress` (0 to 1 within it) are for display."
         waiting = list(self.waiting.values())
-        left = len(self.backlog) + len({p.document for p in waiting})
-        done = max(self.next - self.ranks.rank - left * self.ranks.world_size, 0)
+        left = len(self.backlog) + sum(1 / p.parts for p in waiting)
+        done = max(round(self.next - self.ranks.rank - left * self.ranks.world_size, 6), 0)
         if self.end is not None: done = min(done, self.end)
         epoch, i = divmod(done, len(self.source))
-        return dict(epoch=epoch, progress=i / len(self.source), source=self.source.signature, rank=self.ranks.rank, world_size=self.ranks.world_size,
+        return dict(epoch=int(epoch), progress=i / len(self.source), source=self.source.signature, rank=self.ranks.rank, world_size=self.ranks.world_size,
                     next=self.next, backlog=list(self.backlog), buffer=[p.document for p in waiting], starts=[p.start for p in waiting])
 
     def _restore(self, saved: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
@@ -287,6 +290,7 @@ def _documents(corpus: Corpus | Sequence[str] | str | Path | None, split: str) -
     if not isinstance(corpus, Corpus): corpus = open_corpus(corpus or 'stdlib')
     return corpus.reader(split), f"{corpus.manifest.get('fingerprint', corpus.name)[:16]} {split}"
 
+# %% ../nbs/03_dataloader.ipynb #127cf91b
 def tokenizing_distributed_data_loader_with_state_bos_bestfit(
         tokenizer: Any, B: int, T: int, split: str, *, corpus: Corpus | Sequence[str] | str | None = None, device: torch.device | str = 'cpu',
         tokenizer_threads: int = 4, tokenizer_batch_size: int = 128, buffer_size: int = 1000, resume_state_dict: dict | list | None = None,

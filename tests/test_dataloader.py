@@ -307,10 +307,12 @@ def test_seeds_and_epochs_shuffle_differently_and_repeatably():
     assert len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
 
 
-def test_progress_runs_through_the_epochs():
-    states = [s for _, s in drain(text_stream([doc(i, 10) for i in range(40)], T=10, B=1, epochs=2, buffer_size=4, fetch_size=2))]
+@pytest.mark.parametrize('long, n', [('crop', 10), ('split', 10), ('split', 55)])
+def test_progress_runs_through_the_epochs(long, n):
+    states = [s for _, s in drain(text_stream([doc(i, n) for i in range(40)], T=10, B=1, epochs=2, buffer_size=4, fetch_size=2, long=long))]
     done = [s['epoch'] + s['progress'] for s in states]
     assert done == sorted(done) and done[0] < 0.1 and done[-1] == 2
+    assert max(b - a for a, b in zip(done, done[1:])) < 0.2  # and does not jump
 
 
 # the thread

@@ -202,6 +202,11 @@ def test_full_disk(stories, base_directory, monkeypatch):
     assert not list(base_directory.rglob('*.parquet'))
 
 
+def test_more_than_memory_is_refused_before_reading(stories, monkeypatch):
+    monkeypatch.setattr(dataset, 'environment', lambda device: dict(ram_bytes=10_000))
+    with pytest.raises(UserError, match='holds .* too much to be shuffled in 10 kB of memory'): prepare_corpus(stories)
+
+
 def test_crash_while_writing_leaves_the_old_corpus(stories, monkeypatch):
     before = texts_of(prepare_corpus(stories))
     monkeypatch.setattr(dataset, 'write_shard', lambda path, texts: (_ for _ in ()).throw(KeyboardInterrupt))
