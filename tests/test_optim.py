@@ -41,7 +41,7 @@ def four_steps(params, optimizer, reference):
             p.grad = 0.01 * gaussian(*p.shape, seed=zlib.crc32(n.encode()) + s)
         optimizer.step()
         for n, norm in reference['opt_norms'][s].items():
-            assert params[n].norm().item() == pytest.approx(float(norm), rel=2e-5, abs=1e-6), f'{n} after step {s + 1}'
+            assert params[n].norm().item() == pytest.approx(float(norm), rel=5e-6, abs=1e-6), f'{n} after step {s + 1}'
     torch.testing.assert_close(params['transformer.h.2.mlp.c_fc.weight'].data, reference['opt_c_fc'], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(params['lm_head.weight'].data[:64], reference['opt_lm_head'], atol=1e-5, rtol=1e-5)
 
