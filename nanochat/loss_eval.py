@@ -38,7 +38,7 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple], steps: int, token_bytes: 
     for x, y, *_ in itertools.islice(batches, steps):
         sums = _batch_sums(model(x, y, loss_reduction='none'), y, token_bytes.to(y.device))
         total = total.to(sums.device) + sums
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         if dist.get_backend() == 'nccl': total = total.cuda()
         dist.all_reduce(total)
     nats, nbytes = total.tolist()
@@ -48,8 +48,9 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple], steps: int, token_bytes: 
 def discount_table(counts: np.ndarray) -> np.ndarray:
     "Discounts for counts 0, 1, 2 and 3 or more: float64 (4,), D[0] = 0 and 0 <= D[i] <= i. Chen and Goodman (1998), eq. 26."
     n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
-    if not (n1 and n2 and n3): return np.array([0, .5, .75, .75])  # too little text to estimate them: assumed, not measured
+    if not n1: return np.array([0, .5, .75, .75])  # nothing occurs once, a text beyond the theory: assumed, not measured
     base = n1 / (n1 + 2 * n2)
+    if not (n2 and n3): return np.array([0, *3 * [max(base, .1)]])  # too few to tell apart: one discount (Ney, Essen and Kneser 1994)
     raw = [0, 1 - 2 * base * n2 / n1, 2 - 3 * base * n3 / n2, 3 - 4 * base * n4 / n3]
     return np.clip(raw, [0, .1, .1, .1], [0, 1, 2, 3])
 

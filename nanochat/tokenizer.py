@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_PATTERN', 'LONGEST_RUN', 'SPECIAL_TOKENS', 'MIN_VOCAB_SIZE', 'PARTS', 'Piece', 'CHAT_TEMPLATE', 'FORMAT',
            'train_ranks', 'cut_runs', 'special_ids', 'byte_alphabet', 'merges_of', 'hf_twin', 'format_ranks',
            'parse_ranks', 'read_public_pickle', 'assistant_parts', 'check_messages', 'chat_pieces', 'TextTokenizer',
-           'fingerprint', 'render_pieces', 'save_files', 'load_files', 'token_lengths', 'token_bytes',
+           'fingerprint', 'render_pieces', 'files_of', 'save_files', 'load_files', 'token_lengths', 'token_bytes',
            'RustBPETokenizer', 'get_tokenizer', 'get_token_bytes', 'StreamDecoder']
 
 # %% ../nbs/01_tokenizer.ipynb #ff71cc20
@@ -19,7 +19,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from .common import UserError, atomic_dir, base_dir
+from .common import UserError, atomic_dir, atomic_write, base_dir
 
 # %% ../nbs/01_tokenizer.ipynb #0fa8cc5e
 SPLIT_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
@@ -89,7 +89,7 @@ def format_ranks(ranks: dict[bytes, int]) -> str:
     return ''.join(f'{base64.b64encode(t).decode()} {i}\n' for t, i in sorted(ranks.items(), key=lambda item: item[1]))
 
 def parse_ranks(text: str) -> dict[bytes, int]:
-    "The inverse of `format_ranks`. Raises ValueError for anything else."
+    "The inverse of `format_ranks`. Raises `ValueError` for anything else."
     pairs = (line.split() for line in text.splitlines() if line)
     ranks = {base64.b64decode(t, validate=True): int(i) for t, i in pairs}
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)): raise ValueError('a token is missing or there twice')
@@ -128,7 +128,7 @@ def assistant_parts(content: str | list[dict]) -> list[dict]:
     parts = [{'type': 'text', 'text': content}] if isinstance(content, str) else content
     if not isinstance(parts, list): raise UserError(f"an assistant's content must be a string or a list of parts, not {type(content).__name__}")
     for p in parts:
-        if not isinstance(p, dict) or p.get('type') not in PARTS or not isinstance(p.get('text'), str):
+        if not isinstance(p, dict) or p.get('type') not in list(PARTS) or not isinstance(p.get('text'), str):
             raise UserError(f"cannot render the part {p!r:.80}; a part is {{'type': ..., 'text': ...}} with type {', '.join(PARTS)}")
     return parts
 
@@ -252,15 +252,22 @@ def render_pieces(tokenizer: TextTokenizer, pieces: Iterable[Piece]) -> tuple[li
 # %% ../nbs/01_tokenizer.ipynb #d57016cd
 FORMAT = 'nanochat-tokenizer-1'
 
-def save_files(tokenizer: 'RustBPETokenizer', folder: Path) -> None:
-    "Write the four text files of a tokenizer into an existing folder."
+def files_of(tokenizer: 'RustBPETokenizer') -> dict[str, str]:
+    "The four text files of a tokenizer, by name; the one that vouches for the others comes last."
     config = dict(format=FORMAT, fingerprint=tokenizer.fingerprint(), pattern=tokenizer.enc._pat_str, special_tokens=tokenizer._specials, bos_token=tokenizer.bos,
                   vocab_size=tokenizer.get_vocab_size(), tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
     if tokenizer.bos == SPECIAL_TOKENS[0]: config |= dict(eos_token='<|assistant_end|>', chat_template=CHAT_TEMPLATE)
-    (folder/'tokenizer.tiktoken').write_text(format_ranks(tokenizer._ranks), encoding='utf8')
-    (folder/'tokenizer_config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf8')
-    (folder/'token_bytes.json').write_text(json.dumps(token_lengths(tokenizer)), encoding='utf8')
-    tokenizer.hf.save(str(folder/'tokenizer.json'))
+    return {'tokenizer.tiktoken': format_ranks(tokenizer._ranks), 'tokenizer.json': tokenizer.hf.to_str(pretty=False),
+            'token_bytes.json': json.dumps(token_lengths(tokenizer)), 'tokenizer_config.json': json.dumps(config, indent=2, ensure_ascii=False)}
+
+def save_files(files: dict[str, str], folder: Path) -> None:
+    "Write `files` to `folder`: all or nothing, unless it holds other people's files, which stay; then one after another."
+    known = {*files, 'tok_train.json'}
+    if folder.is_dir() and any(p.name not in known for p in folder.iterdir()):
+        for name, text in files.items(): atomic_write(folder/name, text)
+        return
+    with atomic_dir(folder) as part:
+        for name, text in files.items(): (part/name).write_text(text, encoding='utf8')
 
 def load_files(folder: Path) -> tuple[tiktoken.Encoding, str]:
     "The encoding in a folder that `save_files` wrote, and its first token's name. Raises ValueError when the files do not fit together."
@@ -309,8 +316,8 @@ class RustBPETokenizer(TextTokenizer):
         return cls(tiktoken.get_encoding(tiktoken_name), '<|endoftext|>')
 
     def save(self, directory: Path | str) -> None:
-        "Write `tokenizer.tiktoken`, `tokenizer_config.json`, `tokenizer.json` and `token_bytes.json` to `directory`, all or nothing."
-        with atomic_dir(directory) as folder: save_files(self, folder)
+        "Write `tokenizer.tiktoken`, `tokenizer.json`, `token_bytes.json` and `tokenizer_config.json` to `directory`; other files there stay."
+        save_files(files_of(self), Path(directory))
 
     def fingerprint(self) -> str:
         "SHA-256 over pattern, ranks and special tokens: equal if and only if every text gets the same ids."
