@@ -204,10 +204,11 @@ def first_bytes(documents: Sequence[str], max_bytes: int | None) -> list[str]:
 # %% ../nbs/02_dataset.ipynb #20777b89
 def cut_document(text: str, fraction: float) -> tuple[str, str]:
     "A document in two, its tail about `fraction` of it, cut after a newline near that point if there is one."
-    at = min(max(int(len(text) * (1 - fraction)), 1), len(text.rstrip()) - 1)
+    first, last = len(text) - len(text.lstrip()) + 1, len(text.rstrip()) - 1  # both parts must hold something
+    at = min(max(int(len(text) * (1 - fraction)), first), last)
     reach = max(len(text) // 50, 200)  # how far from the point a newline may be
     before, after = text.rfind('\n', max(at - reach, 0), at), text.find('\n', at, at + reach)
-    lines = [n + 1 for n in (before, after) if n >= 0 and text[:n].strip() and text[n + 1:].strip()]
+    lines = [n + 1 for n in (before, after) if first <= n + 1 <= last]
     at = min(lines, key=lambda n: abs(n - at)) if lines else at
     return text[:at], text[at:]
 
@@ -217,10 +218,10 @@ def split_validation(documents: Sequence[str], fraction: float) -> tuple[list[st
     sizes = [nbytes(t) for t in documents]
     share, held, taken = fraction * sum(sizes), set(), 0
     for i, n in enumerate(sizes):
-        if taken < share and taken + n <= 1.5 * share: held.add(i); taken += n
+        if taken < share and taken + n <= 1.5 * share and len(held) < len(sizes) - 1: held.add(i); taken += n
     if held: return [t for i, t in enumerate(documents) if i not in held], [documents[i] for i in sorted(held)]
-    longest = max(range(len(sizes)), key=lambda i: sizes[i])
-    if len(documents[longest].strip()) < 2: raise UserError('this corpus has a single character; there is nothing to hold out for validation')
+    longest = max(range(len(sizes)), key=lambda i: len(documents[i].strip()))
+    if len(documents[longest].strip()) < 2: raise UserError('no document here has two characters; there is nothing to hold out for validation')
     head, tail = cut_document(documents[longest], max(fraction, 0.05) if len(sizes) == 1 else fraction)
     return [*documents[:longest], head, *documents[longest + 1:]], [tail]
 
@@ -392,7 +393,8 @@ def source_documents(source: str, files: Sequence[Path], errors: str) -> Iterato
                 bar.update(f.stat().st_size)
 
 # %% ../nbs/02_dataset.ipynb #61e4fe7c
-def _check(source: str, max_bytes: int | None, val_fraction: float) -> None:
+def _check(source: str, max_bytes: int | None, val_fraction: float, errors: str) -> None:
+    if errors not in ('strict', 'replace', 'ignore'): raise UserError(f"errors '{errors}' is unknown; use strict, replace or ignore")
     if source in HUB: raise UserError(f"the corpus '{source}' ({HUB[source].repo} on the hub) cannot be downloaded yet; use stdlib, or the path of files you have")
     if max_bytes is not None and max_bytes < 2: raise UserError(f'max_bytes {max_bytes} is too small; give 2 or more')
     if not 0 < val_fraction < 1: raise UserError(f'val_fraction {val_fraction} must lie between 0 and 1, for instance 0.02')
@@ -402,7 +404,7 @@ def prepare_corpus(source: str | Path = 'stdlib', *, max_bytes: int | None = Non
     """Make a corpus from 'stdlib' or from a file or folder of texts, or find it already made from the same content.
     `max_bytes` of text are kept; about `val_fraction` of that is held out. Raises `UserError` before anything is written."""
     source = str(source)
-    _check(source, max_bytes, val_fraction)
+    _check(source, max_bytes, val_fraction, errors)
     builtin, name = source == 'stdlib', corpus_name(source)
     files = stdlib_files() if builtin else own_files(source)
     root = Path(sysconfig.get_paths()['stdlib']) if builtin else Path(os.path.commonpath([f.parent for f in files]))
@@ -427,7 +429,6 @@ class DatasetConfig:
 
 def prepare(cfg: DatasetConfig) -> Corpus:
     "Prepare the corpus and say where it is."
-    if cfg.errors not in ('strict', 'replace', 'ignore'): raise UserError(f"errors '{cfg.errors}' is unknown; use strict, replace or ignore")
     c = prepare_corpus(cfg.source, max_bytes=cfg.max_bytes, val_fraction=cfg.val_fraction, errors=cfg.errors, force=cfg.force)
     for split in ('train', 'val'):
         print0(f"{c.name} {split}: {c.rows(split)} documents, {human(c.nbytes(split), 'B')} of text in {len(c.shards(split))} shards")

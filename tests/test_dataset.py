@@ -4,6 +4,7 @@ import json, os, shutil, subprocess, sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset
 from nanochat.common import UserError
@@ -117,6 +118,16 @@ def test_few_large_documents_lose_a_tail_not_a_document():
     assert len(train) == 3 and len(val) == 1 and train[0] + val[0] == docs[0] and len(val[0]) < 1000
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(alphabet='ab \n日', min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=12, unique=True), st.floats(0.001, 0.999))
+def test_split_of_anything_has_two_sides_and_loses_nothing(docs, fraction):
+    try: train, val = split_validation(docs, fraction)
+    except UserError: assert all(len(d.strip()) < 2 for d in docs)
+    else:
+        assert train and val and all(t.strip() for t in train + val)
+        assert sorted(''.join(train + val)) == sorted(''.join(docs))
+
+
 def test_copies_and_blanks_are_left_out():
     assert sorted(shuffled(['a', 'b', 'a', ' \n', ''])) == ['a', 'b']
 
@@ -214,7 +225,7 @@ def test_crash_while_writing_leaves_the_old_corpus(stories, monkeypatch):
     assert texts_of(open_corpus(stories)) == before and not list(open_corpus(stories).path.parent.glob('.*tmp'))
 
 
-@pytest.mark.parametrize('kwargs, sentence', [(dict(max_bytes=0), 'max_bytes 0'), (dict(val_fraction=0.0), 'val_fraction 0.0'), (dict(val_fraction=1.5), 'between 0 and 1')])
+@pytest.mark.parametrize('kwargs, sentence', [(dict(max_bytes=0), 'max_bytes 0'), (dict(val_fraction=0.0), 'val_fraction 0.0'), (dict(val_fraction=1.5), 'between 0 and 1'), (dict(errors='guess'), "errors 'guess'")])
 def test_bad_settings(stories, kwargs, sentence):
     with pytest.raises(UserError, match=sentence): prepare_corpus(stories, **kwargs)
 
