@@ -1,4 +1,5 @@
 """The engine: cached equals uncached, rows do not know of each other, tools are forced and masked, limits hold. All in fp32."""
+import json
 import random
 from types import SimpleNamespace
 
@@ -448,3 +449,24 @@ def test_streamed_pieces_with_the_real_tokenizer():
     cut = tok.encode('好')[:-1] or list('好'.encode()[:2])
     decoder = StreamDecoder(tok)
     assert ''.join([*map(decoder.push, cut), decoder.flush()]) == tok.decode(cut)
+
+
+# --- the public project's own numbers --------------------------------------------------------------------------------
+
+def test_public_checkpoint_decodes_as_there(shared_data):
+    """Prefill, ten cached steps and 60 greedy tokens of the reference model, as the public project computed them."""
+    from nanochat.checkpoint_manager import build_model
+    folder = shared_data/'reference'
+    model, tok, _ = build_model(folder/'base_checkpoints'/'d4', None, torch.device('cpu'))
+    ref, c = torch.load(folder/'reference.pt', weights_only=True), model.config
+    x, cached = ref['x'][:, :150], ref['cached']
+    cache = KVCache(len(x), c.n_kv_head, 160, c.n_embd // c.n_head, c.n_layer, 'cpu', torch.float32)
+    with torch.inference_mode(): steps = [read_prompt(model, x[:, :140], cache)] + [model(x[:, t:t + 1], kv_cache=cache)[:, -1] for t in range(140, 150)]
+    got = torch.stack(steps, 1)
+    torch.testing.assert_close(got.flatten(), cached.float().flatten(), atol=2e-5, rtol=0)
+    numbers = json.loads((folder/'reference.json').read_text())
+    prompt, new = numbers['prompt'], numbers['greedy'][len(numbers['prompt']):]
+    assert len(new) == 60
+    ends = (tok.encode_special('<|assistant_end|>'), tok.get_bos_token_id())
+    stop = next((i for i, t in enumerate(new) if t in ends), len(new))
+    assert Engine(model, tok).generate_batch(prompt, max_tokens=len(new), temperature=0)[0] == [prompt + new[:stop]]

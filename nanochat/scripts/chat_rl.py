@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded', 'policy_gradient',
            'chosen_tokens', 'rl_step', 'rate_at', 'pass_at_k', 'evaluate_policy', 'ChatRLConfig', 'check_settings',
-           'RLRun', 'one_update', 'improve', 'deciding', 'prepare', 'summary', 'chat_rl', 'main']
+           'RLRun', 'one_update', 'due', 'improve', 'deciding', 'prepare', 'summary', 'chat_rl', 'main']
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #05953b87
 import dataclasses, functools, json, math, random, time
@@ -212,21 +212,24 @@ def one_update(r: RLRun, step: int, seconds: float) -> tuple[float, float]:
     if ranks.is_main: append_jsonl(r.run/'metrics.jsonl', dict(step=step + 1) | line)
     return line['reward'], seconds + spent
 
+def due(step: int, cfg: ChatRLConfig) -> bool:
+    "Whether held-out questions are asked after this many updates."
+    return step in (0, cfg.num_iterations) or (cfg.eval_every > 0 and step % cfg.eval_every == 0)
+
 def improve(r: RLRun) -> float:
     "Run from the newest checkpoint, or the start, to the last update; returns the seconds spent on updates. Saves before it evaluates."
     state, cfg, asked = resume(r.run, r.model, r.optimizer), r.cfg, False
     step, seconds = (state.step, state.seconds) if state else (0, 0.0)
     if step: print0(f'{r.run.name}: going on after step {step} of {cfg.num_iterations}')
-    if not evaluated(r.run, step): r.evaluate(step)
+    if due(step, cfg) and not evaluated(r.run, step): r.evaluate(step)
     r.model.train()
     with StopSignals() as stop, Progress(cfg.num_iterations, 'chat_rl', 'updates') as bar:
         bar.resume_at(step)
         while step < cfg.num_iterations and not asked:
             reward, seconds = one_update(r, step, seconds)
             step, (asked,) = step + 1, all_sum(stop.requested, device=next(r.model.parameters()).device)
-            last = step == cfg.num_iterations
-            if last or asked or (cfg.save_every and step % cfg.save_every == 0): r.save(step, seconds)
-            if last or (cfg.eval_every and step % cfg.eval_every == 0): r.evaluate(step)
+            if step == cfg.num_iterations or asked or (cfg.save_every and step % cfg.save_every == 0): r.save(step, seconds)
+            if due(step, cfg): r.evaluate(step)
             bar.update(reward=reward)
     if step < cfg.num_iterations: raise KeyboardInterrupt
     return seconds
