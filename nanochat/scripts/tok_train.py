@@ -75,6 +75,7 @@ def train_tokenizer(cfg: TokTrainConfig, corpus: Corpus) -> tuple[RustBPETokeniz
             for text in limited(corpus.documents('train'), cfg.max_chars, cfg.doc_cap, seen):
                 bar.update(len(text))
                 yield text
+            if seen['bytes'] > 1e8: print0('read; now merging, which takes up to a few minutes')
         tokenizer = RustBPETokenizer.train_from_iterator(watched(), cfg.vocab_size)
     result = dict(corpus=corpus.name, vocab_size=tokenizer.get_vocab_size(), **seen, seconds=round(time.perf_counter() - start, 2))
     return tokenizer, result | dict(bytes_per_token=round(bytes_per_token(tokenizer, corpus.documents('val')), 4), fingerprint=tokenizer.fingerprint())
