@@ -1,0 +1,133 @@
+"""The terminal chat as a process of its own, with a real (untrained) checkpoint: one prompt, a pipe, a terminal with Ctrl-C."""
+import os, pty, re, select, signal, subprocess, sys, time
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import init_run, run_dir, save_checkpoint
+from nanochat.common import cli
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.scripts.chat_cli import ChatConfig, chat_cli
+from nanochat.tokenizer import RustBPETokenizer
+
+
+@pytest.fixture
+def checkpoint(base_directory):
+    """A tiny random GPT under sft/d1 that never ends an answer by itself within the test's patience."""
+    tok = RustBPETokenizer.train_from_iterator(['hello world, how many letters has a word? 12*7 = 84'] * 3, 300)
+    config = dict(sequence_len=512, vocab_size=tok.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32, window_pattern='L')
+    with torch.device('meta'): model = GPT(GPTConfig(**config))
+    model.to_empty(device='cpu')
+    torch.manual_seed(0)
+    model.init_weights()
+    run = init_run(run_dir('sft', 'd1'), dict(depth=1), tok, torch.device('cpu'))
+    save_checkpoint(run, 3, model)
+    return base_directory
+
+
+def command(*flags): return [sys.executable, '-m', 'nanochat.scripts.chat_cli', '--device', 'cpu', *flags]
+
+
+def environment(base): return {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'NANOCHAT_DTYPE': 'float32', 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'}
+
+
+def run(base, *flags, stdin=''):
+    return subprocess.run(command(*flags), input=stdin, capture_output=True, text=True, env=environment(base), timeout=120)
+
+
+def test_one_prompt(checkpoint):
+    out = run(checkpoint, '-p', 'hello', '--max-tokens', '20', '--temperature', '1')
+    assert out.returncode == 0, out.stderr
+    assert len(out.stdout) > 1 and out.stdout.endswith('\n') and '\x1b' not in out.stdout and 'parameters' not in out.stdout   # no prompt, no banner
+
+
+def test_seed_decides(checkpoint, capsys):
+    said = [(chat_cli(ChatConfig(prompt='hello', device='cpu', temperature=1, max_tokens=20, seed=s)), capsys.readouterr().out)[1] for s in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_answer_is_the_engines(checkpoint):
+    """What is printed is what the engine says, token for token."""
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.demo import Sampling, reply
+    from nanochat.engine import Engine
+    from nanochat.scripts.chat_cli import harmless
+    os.environ['NANOCHAT_DTYPE'] = 'float32'
+    try:
+        model, tok, _ = load_model('sft', 'cpu')
+        *_, answer = reply(Engine(model, tok), [{'role': 'user', 'content': 'hello'}], Sampling(temperature=0, max_tokens=25))
+    finally: del os.environ['NANOCHAT_DTYPE']
+    printed = run(checkpoint, '-p', 'hello', '--max-tokens', '25', '--temperature', '0').stdout
+    if all(p['type'] == 'text' for p in answer.parts): assert printed == harmless(''.join(p['text'] for p in answer.parts)) + '\n'
+
+
+def test_lines_from_a_pipe(checkpoint):
+    out = run(checkpoint, '--max-tokens', '5', stdin='hello\n\n/clear\n/nonsense\nhello\n/quit\nnever\n')
+    assert out.returncode == 0, out.stderr
+    assert '>' not in out.stdout.split('/clear')[0][:2] and out.stdout.count('/quit leaves') == 1   # help for the unknown command
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--source', 'rl', '-p', 'x'], 'chat_rl'), (['--model-tag', 'd9', '-p', 'x'], 'd9'), (['--step', '99', '-p', 'x'], '99'), (['--source', 'nonsense', '-p', 'x'], 'base, mid, sft, rl'),
+    (['-p', 'hello ' * 2000], 'shorten'), (['-p', 'x', '--temperature', '-1'], 'negative'), (['-p', 'x', '--max-tokens', '0'], 'max-tokens')])
+def test_bad_input_is_one_sentence(checkpoint, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop: cli(ChatConfig, chat_cli, ['--device', 'cpu', *flags])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and words in err and err.count('\n') == 1 and out == ''
+
+
+class Terminal:
+    """A child on a pseudo-terminal, and what it has written."""
+    def __init__(self, base, *flags):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0: os.execvpe(sys.executable, command(*flags), environment(base))
+        self.text = ''
+
+    def read_until(self, pattern, seconds=60):
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text):
+            assert time.monotonic() < end, f'no {pattern!r} in {self.text[-500:]!r}'
+            if select.select([self.fd], [], [], .1)[0]: self.text += os.read(self.fd, 4096).decode(errors='replace')
+        seen, self.text = self.text, ''
+        return seen
+
+    def type(self, text): os.write(self.fd, text.encode())
+
+    def wait(self, seconds=20):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.fd], [], [], .05)[0]:
+                try: self.text += os.read(self.fd, 4096).decode(errors='replace')
+                except OSError: pass
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f'still running: {self.text[-300:]!r}')
+
+
+def test_terminal_ctrl_c_stops_the_answer_not_the_program(checkpoint):
+    """A real terminal: the answer is interrupted, the program goes on, answers again, survives Ctrl-C at the prompt and leaves with Ctrl-D."""
+    t = Terminal(checkpoint, '--max-tokens', '400', '--temperature', '1.5', '--top-k', '0')
+    banner = t.read_until(r'\n> $')
+    assert 'sft · d1 · step 3' in banner and 'parameters · cpu' in banner
+    t.type('hello\r')
+    t.read_until(r'hello\r\n(?s:.{20,})')          # it is answering
+    t.type('\x03')
+    assert '(stopped)' in t.read_until(r'\n> $', 20)
+    t.type('\x03')                                  # at the prompt
+    assert 'Ctrl-C stops an answer' in t.read_until(r'\n> $', 20)
+    t.type('/clear\r')
+    t.read_until(r'\n> $', 20)
+    t.type('again\r')
+    t.read_until(r'again\r\n(?s:.{5,})')
+    t.type('\x03')
+    t.read_until(r'\n> $', 20)
+    t.type('\x04')
+    assert t.wait() == 0
+
+
+def test_ctrl_c_during_one_prompt_is_130(checkpoint):
+    t = Terminal(checkpoint, '-p', 'hello', '--max-tokens', '480', '--temperature', '1.5', '--top-k', '0')
+    t.read_until(r'(?s:.{10,})')
+    t.type('\x03')
+    assert t.wait() == 130
