@@ -113,7 +113,7 @@ class ChatSource:
         if loss_on not in ('assistant', 'all'): raise UserError(f"loss_on '{loss_on}' is unknown; use assistant or all")
         self.task, self.tokenizer, self.T, self.seed, self.shuffle, self.loss_on = task, tokenizer, T, seed, shuffle, loss_on
         self.bos, self.size, self.order = tokenizer.get_bos_token_id(), len(task), (None, None)
-        self.signature = f'chat {self.size} seed {seed} shuffle {shuffle}'
+        self.signature = f'chat {self.size} seed {seed} shuffle {shuffle} loss on {loss_on}'
 
     def __len__(self) -> int: return self.size
 
@@ -249,7 +249,7 @@ class PackedStream:
             raise UserError(f"the saved data position belongs to other data ({s['source']}, here {self.source.signature}); start anew, or give the data it was saved with")
         self.dealer.restore(s)
         made = {(p.document, p.start): p for p in self.source.pieces(sorted(set(s['buffer'])))} if s['buffer'] else {}
-        self._add([made[key] for key in zip(s['buffer'], s['starts'])])
+        self._add([made[key] for key in zip(s['buffer'], s['starts']) if key in made])  # a shorter row may leave nothing to learn in some
 
 # %% ../nbs/03_dataloader.ipynb #c1a9a003
 def prefetched(items: Iterator[Any], depth: int) -> Iterator[Any]:
@@ -289,7 +289,7 @@ def load(stream: PackedStream, device: torch.device | str = 'cpu', prefetch: int
     batches = prefetched(produce(), prefetch)
     try:
         for batch, state in batches:
-            batch = batch.to(device, non_blocking=True)
+            batch = batch.to(device, non_blocking=device.type == 'cuda')  # elsewhere the source could be freed too early
             yield batch[0], batch[1], state
     finally: batches.close()
 
@@ -305,8 +305,9 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
         tokenizer: Any, B: int, T: int, split: str, *, corpus: Corpus | Sequence[str] | str | None = None, device: torch.device | str = 'cpu',
         tokenizer_threads: int = 4, tokenizer_batch_size: int = 128, buffer_size: int = 1000, resume_state_dict: dict | list | None = None,
         ranks: Ranks | None = None, prefetch: int = 2, long_documents: str = 'crop') -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-    """Endless (inputs, targets, state) of packed documents, int64 (B, T). A loader resumed from a yielded state gives exactly the next batch.
-    `long_documents`: 'crop' keeps the first row of a document, 'split' makes rows of all of it."""
+    """Endless (inputs, targets, state) of packed documents, int64 (B, T); rows and documents begin with BOS. Resumed from a yielded
+    state, or from all ranks' (`gather_state`), it gives exactly the next batch. `long_documents`: 'crop' keeps the first row of a
+    document, 'split' makes rows of all of it. Raises `UserError` for an absent corpus and for a state of other data."""
     documents, name = _documents(corpus, split)
     source = TextSource(documents, tokenizer, T, tokenizer_threads, long_documents, name)
     stream = PackedStream(source, B, T, mode='crop', buffer_size=buffer_size, fetch_size=tokenizer_batch_size, ranks=ranks or get_ranks(),

@@ -281,6 +281,16 @@ def test_resume_chat():
     assert list(make(resume_state_dict=batches[-1][2])) == [] and batches[-1][2]['epoch'] == 4
 
 
+def test_resume_with_another_row_length_still_gives_every_conversation():
+    task = [chat('q' * 5, chr(1000 + i) * 4) for i in range(60)]
+    make = lambda T, **kw: chat_data_loader(Letters(), task, 2, T, epochs=1, buffer_size=10, **kw)
+    first = list(islice(make(40), 3))
+    seen = Counter(t for _, y, _ in (*first, *make(25, resume_state_dict=first[-1][2])) for t in y.flatten().tolist() if t >= 0)
+    assert seen == Counter({1000 + i: 4 for i in range(60)})
+    assert not any(True for _ in make(3, resume_state_dict=first[-1][2]))  # nothing of these fits: an end, not an error
+    with pytest.raises(UserError, match='belongs to other data'): make(40, loss_on='all', resume_state_dict=first[-1][2])
+
+
 def test_prepared_corpus_and_real_tokenizer(tmp_path):
     corpus = prepare_corpus('stdlib', max_bytes=600_000)
     tok = RustBPETokenizer.train_from_iterator(islice(corpus.documents('train'), 20), 400)
