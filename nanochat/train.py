@@ -6,7 +6,7 @@
 __all__ = ['Batch', 'PEAK_FLOPS', 'all_sum', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate',
            'NonFiniteLoss', 'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'metrics_line',
            'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult', 'Recorder',
-           'after_step', 'fit', 'evaluated', 'resume', 'load_momentum', 'Job', 'run_job', 'close', 'decisive', 'every',
+           'after_step', 'fit', 'recorded', 'resume', 'load_momentum', 'Job', 'run_job', 'close', 'decisive', 'every',
            'finished', 'rehearse', 'iterations_for', 'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
@@ -242,7 +242,7 @@ def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterat
         if state.step:
             record.saved = state.step
             bar.resume_at(state.step)
-        if state.step and run and not evaluated(run, state.step): evals = finish()
+        if state.step and run: evals = recorded(run, state.step) or finish()
         while state.step < last and not asked:
             tokens, seconds = state.tokens, state.seconds
             lr, asked = train_step(model, optimizer, loader, plan, state, stop.requested)
@@ -255,9 +255,10 @@ def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterat
             raise KeyboardInterrupt
     return TrainResult(state.step, state.tokens, state.loss, state.seconds, evals)
 
-def evaluated(run: Path, step: int) -> bool:
-    "Whether the metrics hold an evaluation of this step: a run may have been killed between saving and evaluating."
-    return any(r.get('step') == step and 'lr' not in r for r in read_jsonl(run/'metrics.jsonl'))
+def recorded(run: Path, step: int) -> dict[str, Any]:
+    "The evaluation of this step in a run's metrics; empty if a kill fell between saving and evaluating."
+    rows = [r for r in read_jsonl(run/'metrics.jsonl') if r.get('step') == step and 'lr' not in r]
+    return {k: v for r in rows for k, v in r.items() if k != 'step'}
 
 # %% ../nbs/10_train.ipynb #5e7a2260
 def resume(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int | None = None) -> TrainState | None:
@@ -351,5 +352,5 @@ def steps_within(minutes: float, start: float, model: torch.nn.Module, optimizer
     evaluate()
     reserve = (evaluations + 1) * (time.perf_counter() - before)
     steps = iterations_for(minutes * 60 - (time.perf_counter() - start) - reserve, step)
-    print0(f'one step takes {step:.2f} s: {steps} steps')
+    print0(f'one step takes {step:.3g} s: {steps} steps')
     return steps

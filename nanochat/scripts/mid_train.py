@@ -118,10 +118,10 @@ def inherited_plan(meta: dict[str, Any], config: GPTConfig, rows: int) -> TrainP
     return plan_training(config, device_batch_size=rows)
 
 def tuning_plan(cfg: TuneConfig, old: TrainPlan, config: GPTConfig, rows: int, world_size: int, num_iterations: int) -> TrainPlan:
-    "The plan of a tuning stage: inherited rates times `rate`, constant, then linear to zero; no decay. Raises `UserError` for a batch that does not divide."
+    "The plan of a tuning stage: inherited rates, constant, then linear to zero; no decay. Raises `UserError` for a batch that does not divide."
     batch = cfg.total_batch_size or max(old.total_batch_size, rows * config.sequence_len * world_size)
     return dataclasses.replace(old, total_batch_size=batch, num_iterations=num_iterations, grad_accum_steps=check_batch(batch, rows, config.sequence_len, world_size),
-                               lr_scale=old.lr_scale * cfg.rate, weight_decay=0.0, warmup_steps=0, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=0.0)
+                               weight_decay=0.0, warmup_steps=0, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=0.0)
 
 def steps_of(cfg: TuneConfig, task: Task, tokenizer: RustBPETokenizer, config: GPTConfig, batch: int, sample: int = 200) -> int:
     "Optimizer steps for the wanted length; passes over the mixture are estimated from the mean length of a sample of it."
@@ -175,6 +175,7 @@ def build(setup: Setup) -> tuple[GPT, torch.optim.Optimizer]:
     model = empty_model(setup.config, setup.device)
     load_weights(model, setup.origin.model_state)
     optimizer = model.setup_optimizer(**setup.plan.optimizer_args())
+    for g in optimizer.param_groups: g['lr'] = g['initial_lr'] = g['initial_lr'] * setup.cfg.rate
     if setup.origin.optim_state is not None: load_momentum(optimizer, setup.origin.optim_state)
     return model, optimizer
 
