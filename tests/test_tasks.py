@@ -22,7 +22,7 @@ from nanochat.tasks.spellingbee import SimpleSpelling, SpellingBee, letter_score
 MAKERS = {
     'spellingbee': SpellingBee, 'simplespelling': SimpleSpelling,
     'arithmetic1': Arithmetic, 'arithmetic2': lambda *a, **k: Arithmetic(*a, level=2, **k), 'arithmetic3': lambda *a, **k: Arithmetic(*a, level=3, **k),
-    'qa': lambda *a, **k: PyDoc(*a, kind='qa', **k), 'choice': lambda *a, **k: PyDoc(*a, kind='choice', **k),
+    'qa': lambda *a, **k: PyDoc(*a, kind='qa', **k), 'pick': lambda *a, **k: PyDoc(*a, kind='pick', **k), 'name': lambda *a, **k: PyDoc(*a, kind='name', **k), 'choice': lambda *a, **k: PyDoc(*a, kind='choice', **k),
 }
 every_task = pytest.mark.parametrize('name', MAKERS)
 WEIRD = ['', ' ', '\0', 'nan', 'inf', '-', '####', 'The answer is', 'The answer is .', '#### 1e999', '9' * 10**6, 'The answer is ' + '9' * 10**6 + '.',
@@ -181,6 +181,16 @@ def test_choices_are_fair():
         assert len({n for n, _ in choices}) == 4 and {n for n, _ in choices} <= names['test']
         echoing = [letter for n, letter in choices if pydoc.shares_word(n, head.split('does this: ')[1])]
         assert echoing == [completion_text(c)]
+
+
+@pytest.mark.parametrize('kind', ['pick', 'name'])
+def test_choices_to_rank(kind):
+    task = PyDoc(400, 'test', kind=kind)
+    places = Counter(c['choices'].index(completion_text(c)) for c in task)
+    assert set(places) == set(range(4)) and min(places.values()) > 60
+    for c in task:
+        assert len(set(c['choices'])) == 4
+        assert all((f'- {n}\n' in question(c)) == (kind == 'pick') for n in c['choices'])
 
 
 def test_pydoc_never_imports():
