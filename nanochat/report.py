@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
-           'load_results', 'merge_steps', 'Series', 'series', 'smooth', 'thin', 'nice_ticks', 'Plot', 'tick', 'svg',
-           'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts', 'table_of', 'nested_tables', 'Stage',
-           'find_run', 'load_stages', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source',
-           'score_section', 'total_seconds', 'time_section', 'headline', 'key_figures', 'build_report', 'clean_text',
-           'md_table', 'md_plot', 'render_markdown', 'render_html', 'generate_report']
+           'load_results', 'merge_steps', 'Series', 'series', 'smooth', 'thin', 'nice_ticks', 'Plot', 'tick', 'legend',
+           'svg', 'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts', 'before_after', 'table_of',
+           'nested_tables', 'Stage', 'find_run', 'load_stages', 'loss_plots', 'reward_plots', 'stage_plots',
+           'samples_of', 'stage_section', 'task_scores', 'by_source', 'show_score', 'score_section', 'total_seconds',
+           'time_section', 'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot',
+           'render_markdown', 'render_html', 'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
 import datetime, html, json, math, re
@@ -62,9 +63,9 @@ class Series:
     y: Sequence[float]
     faint: bool = False
 
-def series(rows: list[dict], name: str, *keys: str) -> Series:
-    "The curve of the first of `keys` that a row has; rows without a finite number there are skipped."
-    points = [(r['step'], next(r[k] for k in keys if _number(r.get(k)))) for r in rows if any(_number(r.get(k)) for k in keys)]
+def series(rows: list[dict], name: str, key: str) -> Series:
+    "The curve of one key; rows without a finite number there are skipped."
+    points = [(r['step'], r[key]) for r in rows if _number(r.get(key))]
     return Series(name, [x for x, _ in points], [y for _, y in points])
 
 # %% ../nbs/15_report.ipynb #56018d23
@@ -135,6 +136,10 @@ def _curve(s: Series, color: int, X, Y) -> str:
     dots = '' if len(s.x) > 30 else ''.join(f'<circle {kind} cx="{X(x):.1f}" cy="{Y(y):.1f}" r="2.5"><title>{html.escape(s.name)}: {y:.5g} at {x:g}</title></circle>' for x, y in zip(s.x, s.y))
     return f'<polyline {kind} points="{points}"/>{dots}'
 
+def legend(plot: Plot) -> dict[str, int]:
+    "The colour, 0 to 3, of each curve that has points, by name."
+    return {name: i % 4 for i, name in enumerate(dict.fromkeys(s.name for s in plot.curves if len(s.x)))}
+
 def svg(plot: Plot) -> str:
     "The plot as an SVG element that takes its colours from CSS variables of the page around it. Empty without points."
     curves = [thin(s) for s in plot.curves if len(s.x)]
@@ -143,8 +148,8 @@ def svg(plot: Plot) -> str:
     X, Y = _scale(x0, x1, LEFT, W - RIGHT), _scale(y0, y1, H - BOTTOM, TOP)
     body = _axes(x0, x1, y0, y1)
     body += [f'<path class="line" d="M{LEFT} {Y(v):.1f}H{W - RIGHT}"/><text x="{W - RIGHT}" y="{Y(v) - 5:.1f}" text-anchor="end">{html.escape(k)} {v:.4g}</text>' for k, v in plot.lines.items()]
-    colors = {name: i for i, name in enumerate(dict.fromkeys(s.name for s in curves))}
-    body += [_curve(s, colors[s.name] % 4, X, Y) for s in sorted(curves, key=lambda s: not s.faint)]
+    colors = legend(plot)
+    body += [_curve(s, colors[s.name], X, Y) for s in sorted(curves, key=lambda s: not s.faint)]
     return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{html.escape(plot.title)}">{"".join(body)}</svg>'
 
 # %% ../nbs/15_report.ipynb #fc1ccbff
@@ -161,6 +166,7 @@ def show(key: str, v: Any) -> str:
     if isinstance(v, bool): return 'yes' if v else 'no'
     if isinstance(v, (int, float)): return _show_number(key, v)
     if isinstance(v, (list, tuple)): return ', '.join(show('', x) for x in v)
+    if isinstance(v, str) and re.fullmatch('[0-9a-f]{32,}', v): return v[:12] + ' …'  # a hash
     return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
 
 def _show_number(key: str, v: float) -> str:
@@ -169,6 +175,7 @@ def _show_number(key: str, v: float) -> str:
     if re.search(r'second|elapsed|(^|_)time$', key) and 'per_second' not in key: return human_time(v) if v >= 0 else f'{v:g}'
     if re.search(r'(^|_)(n?bytes|memory)$', key): return human(v, 'B')
     if re.search(r'accuracy|chance|fraction|share', key) and 0 <= v <= 1: return f'{v:.1%}'
+    if re.search(r'(^|_)flops$', key): return human(v, 'FLOP')
     if isinstance(v, int): return f'{v:,}' if abs(v) < 10**9 else human(v)
     return f'{v:,.0f}' if abs(v) >= 10_000 else f'{v:.4g}'
 
@@ -198,16 +205,22 @@ class Report:
     sections: list[Section]
 
 # %% ../nbs/15_report.ipynb #7c1d8ae3
-HIDDEN = {'stage', 'time', 'samples', 'run', 'model_config', 'config', 'environment'}
+HIDDEN = {'stage', 'time', 'samples', 'mark', 'model_config', 'config', 'environment'}
 
 def words(key: str) -> str:
     "A key as words: 'val_bpb' -> 'val bpb'."
     return str(key).replace('_', ' ')
 
 def facts(result: dict) -> Table:
-    "The plain values of a result as a two-column table."
-    plain = {k: v for k, v in result.items() if k not in HIDDEN and not isinstance(v, (dict, list))}
+    "The plain values of a result as a two-column table; pairs of before and after go to `before_after`."
+    plain = {k: v for k, v in result.items() if k not in HIDDEN and not isinstance(v, (dict, list)) and not re.search('_(before|after)$', k)}
     return Table(['', ''], [[words(k), show(k, v)] for k, v in plain.items()])
+
+def before_after(result: dict) -> list[Table]:
+    "Values that exist as `x_before` and `x_after`, side by side."
+    names = dict.fromkeys(re.sub('_(before|after)$', '', k) for k in result if re.search('_(before|after)$', k))
+    rows = [[words(n), show(n, result.get(f'{n}_before')), show(n, result.get(f'{n}_after'))] for n in names]
+    return [Table(['', 'before', 'after'], rows)] if rows else []
 
 def table_of(rows: list[dict] | dict[str, Any], caption: str = '') -> Table:
     "A list of dicts, or a dict of dicts or of values, as a table with one column per key."
@@ -267,21 +280,27 @@ def load_stages(base: Path) -> dict[str, Stage]:
     return stages
 
 # %% ../nbs/15_report.ipynb #3f174415
+def _noisy(s: Series) -> list[Series]:
+    "A noisy curve as it is, faint, and smoothed."
+    return [Series(s.name, s.x, s.y, faint=True), Series(s.name, s.x, smooth(s.y))]
+
+def loss_plots(rows: list[dict], lines: dict[str, float]) -> list[Plot]:
+    "Training loss and held-out loss. `lines` are references for bits per byte."
+    return [Plot('training loss (nats per token)', _noisy(series(rows, 'loss', 'loss'))),
+            Plot('held-out text (bits per byte)', [series(rows, 'model', 'val_bpb')], lines),
+            Plot('held-out conversations (nats per token)', [series(rows, 'loss', 'val_loss')])]
+
+def reward_plots(rows: list[dict]) -> list[Plot]:
+    "What reinforcement learning improves: the reward of the answers it samples, and of held-out questions."
+    held_out = [series(rows, 'held-out, temperature 0', 'eval_reward'), series(rows, 'held-out, sampled', 'sampled_reward')]
+    return [Plot('mean reward', [*_noisy(series(rows, 'while training', 'reward')), *held_out])]
+
 def stage_plots(stage: Stage, lines: dict[str, float]) -> list[Plot]:
-    "The curves a training stage has: loss, validation bpb, reward, rate, speed. `lines` are references for the bpb plot."
-    rows, plots = stage.metrics, []
-    for title, name, keys, refs in (
-        ('training loss (nats per token)', 'loss', ('loss', 'train_loss'), {}),
-        ('validation loss (bits per byte)', 'bpb', ('val_bpb', 'bpb'), lines),
-        ('mean reward', 'reward', ('reward', 'mean_reward'), {}),
-        ('pass rate on held-out questions', 'pass rate', ('pass@1', 'eval_reward', 'val_reward'), {}),
-        ('learning rate', 'rate', ('lr', 'lrm', 'lr_multiplier'), {}),
-        ('tokens per second', 'tokens/s', ('tok_per_sec', 'tokens_per_second', 'tok/s', 'tokens_per_sec', 'tok_per_s'), {})):
-        s = series(rows, name, *keys)
-        if name in ('loss', 'reward'): curves = [Series(s.name, s.x, s.y, faint=True), Series(s.name, s.x, smooth(s.y))]
-        else: curves = [s]
-        if s.x: plots.append(Plot(title, curves, refs))
-    return plots
+    "The curves a training stage has: loss or reward, learning rate, speed; without those that were never logged."
+    rows = stage.metrics
+    plots = reward_plots(rows) if stage.name == 'chat_rl' else loss_plots(rows, lines)
+    plots += [Plot('learning rate', [series(rows, 'rate', 'lr')]), Plot('tokens per second', [series(rows, 'tokens/s', 'tok_per_sec')])]
+    return [p for p in plots if any(len(c.x) for c in p.curves)]
 
 # %% ../nbs/15_report.ipynb #3007be1e
 TITLES = dict(tok_train='Tokenizer', tok_eval='Tokenizer: compression', base_train='Pretraining', base_eval='Pretraining: evaluation', mid_train='Mid-training',
@@ -302,7 +321,7 @@ def stage_section(stage: Stage, lines: dict[str, float]) -> Section:
     if not stage.results:
         section.notes.append(f'{stage.name} has not finished: the curves are of what ran so far.' if stage.metrics else f'Missing: {stage.name} has not run.')
     elif facts(stage.result).rows: section.tables.append(facts(stage.result))
-    section.tables += nested_tables(stage.result)
+    section.tables += before_after(stage.result) + nested_tables(stage.result)
     return section
 
 # %% ../nbs/15_report.ipynb #325964b5
@@ -324,8 +343,15 @@ def by_source(results: list[dict]) -> dict[str, dict]:
     return {s: latest[s] for s in sorted(latest, key=lambda s: (order.index(s) if s in order else 9, s))}
 
 # %% ../nbs/15_report.ipynb #74c12769
-def score_section(stage: Stage) -> Section:
-    "Task scores of every evaluated checkpoint beside chance level."
+def show_score(score: dict[str, Any]) -> str:
+    "An accuracy with its standard error in percent: sqrt(q (1 - q) / (n + 2)) with Laplace's q = (np + 1) / (n + 2), so that 0 of 16 is not called certain."
+    p, n = score.get('accuracy'), score.get('n')
+    if p is None or not n or not 0 <= p <= 1: return show('accuracy', p)
+    q = (n * p + 1) / (n + 2)
+    return f"{show('accuracy', p)} ± {100 * math.sqrt(q * (1 - q) / (n + 2)):.1f}"
+
+def score_section(stage: Stage, tag: str | None = None) -> Section:
+    "Task scores of every evaluated checkpoint beside chance level. A run named otherwise than `tag` is named in its column."
     section, columns = Section(TITLES['chat_eval']), by_source(stage.results)
     if not columns:
         section.notes.append('Missing: chat_eval has not run.')
@@ -334,8 +360,9 @@ def score_section(stage: Stage) -> Section:
     rows = []
     for task in dict.fromkeys(t for s in scores.values() for t in s):
         first = lambda key: next((s[task][key] for s in scores.values() if task in s and s[task][key] is not None), None)
-        rows.append([words(task), show('chance', first('chance'))] + [show('accuracy', s.get(task, {}).get('accuracy')) for s in scores.values()] + [show('n', first('n'))])
-    section.tables.append(Table(['task', 'chance', *(f'after {s}' for s in scores), 'questions'], rows, 'share of held-out questions answered correctly, temperature 0'))
+        rows.append([words(task), show('chance', first('chance'))] + [show_score(s.get(task, {})) for s in scores.values()] + [show('n', first('n'))])
+    other = {s: f" ({show('', t)})" if (t := r.get('model_tag')) and tag and t != tag else '' for s, r in columns.items()}
+    section.tables.append(Table(['task', 'chance', *(f'after {s}{other[s]}' for s in scores), 'questions'], rows, 'share of held-out questions answered correctly, temperature 0'))
     for source, r in columns.items(): section.samples += [(f'{source}, {label}', text) for label, text in samples_of(r)]
     return section
 
@@ -393,7 +420,8 @@ def build_report(stages: dict[str, Stage], price: float | None = None) -> Report
     ngram = stages['base_eval'].result.get('ngram_bpb')
     lines = {'5-gram': ngram} if _number(ngram) else {}
     env = next((s.environment for s in stages.values() if s.environment), {})
-    sections = [score_section(s) if s.name == 'chat_eval' else stage_section(s, lines if s.name in ('base_train', 'mid_train') else {}) for s in stages.values()]
+    tag = stages['base_train'].result.get('tag')
+    sections = [score_section(s, tag) if s.name == 'chat_eval' else stage_section(s, lines if s.name in ('base_train', 'mid_train') else {}) for s in stages.values()]
     sections.insert(0, sections.pop())  # what it can do comes first
     sections.append(time_section(stages, price))
     sections.append(Section('Environment', [] if env else ['Missing: no run directory has recorded its environment.'], [facts(env)] if env else []))
@@ -416,10 +444,11 @@ def md_table(t: Table) -> str:
     return '\n'.join(([_md(t.caption) + ':', ''] if t.caption else []) + head + [line(r) for r in t.rows])
 
 def md_plot(p: Plot) -> str:
-    "A plot in Markdown: a sparkline with its first, last and extreme values, and the reference lines."
-    y = p.curves[-1].y
+    "A plot in Markdown: for each curve a sparkline with its first, last and extreme values, and the reference lines."
     refs = ''.join(f', {_md(k)} {v:.4g}' for k, v in p.lines.items())
-    return f'{_md(p.title)}: {y[0]:.4g} → {y[-1]:.4g} (lowest {min(y):.4g}, highest {max(y):.4g}{refs})\n\n    {sparkline(y)}'
+    curves = [s for s in p.curves if len(s.y) and not s.faint]
+    name = lambda s: _md(f'{p.title}, {s.name}' if len(curves) > 1 else p.title)
+    return '\n\n'.join(f'{name(s)}: {s.y[0]:.4g} → {s.y[-1]:.4g} (lowest {min(s.y):.4g}, highest {max(s.y):.4g}{refs})\n\n    {sparkline(s.y)}' for s in curves)
 
 # %% ../nbs/15_report.ipynb #1aa46183
 def render_markdown(report: Report) -> str:
@@ -441,6 +470,8 @@ h1 { font-size: 1.7rem; margin: 8px 0 0; overflow-wrap: anywhere; } h2 { font-si
 p { margin: 6px 0; } .soft, caption, figcaption, .figures span { color: var(--soft); font-size: .88rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 10px; margin: 20px 0 0; }
 .figures div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; } .figures b { display: block; font-size: 1.5rem; line-height: 1.3; } .figures span { display: block; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px 18px; margin: 10px 0 16px; } dl div { min-width: 0; } dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; color: var(--soft); font-size: .88rem; margin-top: 12px; } .k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color: var(--c3); }
 .scroll { overflow-x: auto; margin: 10px 0; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } caption { text-align: left; padding-bottom: 4px; }
 th, td { text-align: right; white-space: nowrap; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--rule); } th { font-weight: 600; } td:first-child, th:first-child { text-align: left; } caption { white-space: nowrap; } td:last-child { padding-right: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; } figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 10px 2px; }
@@ -458,13 +489,15 @@ PAGE = '''<!doctype html>
 <div class="figures">{% for label, value, remark in r.figures %}<div><span>{{ label }}</span><b>{{ value }}</b><span>{{ remark }}</span></div>{% endfor %}</div>
 {% for s in r.sections %}<h2>{{ s.title }}</h2>
 {% for n in s.notes %}<p class="soft">{{ n }}</p>
-{% endfor %}{% for t in s.tables %}<div class="scroll"><table>{% if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}
-{% if t.header|select|list %}<tr>{% for h in t.header %}<th>{{ h }}</th>{% endfor %}</tr>{% endif %}
+{% endfor %}{% for t in s.tables %}{% if t.header|select|list %}<div class="scroll"><table>{% if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}
+<tr>{% for h in t.header %}<th>{{ h }}</th>{% endfor %}</tr>
 {% for row in t.rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-{% endfor %}{% if s.plots %}<div class="plots">{% for p in s.plots %}<figure><figcaption>{{ p.title }}</figcaption>{{ svg(p) }}</figure>
-{% endfor %}</div>{% endif %}{% for label, text in s.samples %}<p class="soft">{{ label }}</p><pre>{{ text }}</pre>
-{% endfor %}{% endfor %}</body></html>
+{% endfor %}</table></div>{% else %}<dl>{% for k, v in t.rows %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>
+{% endfor %}</dl>{% endif %}
+{% endfor %}{% if s.plots %}<div class="plots">{% for p in s.plots %}<figure><figcaption>{{ p.title }}{% if legend(p)|length > 1 %}: {% for name, c in legend(p).items() %}<span class="k{{ c }}">●</span> {{ name }} {% endfor %}{% endif %}</figcaption>{{ svg(p) }}</figure>
+{% endfor %}</div>{% endif %}{% if s.samples %}<details><summary>{{ s.samples|length }} sample{{ 's' if s.samples|length > 1 }} of what it writes</summary>
+{% for label, text in s.samples %}<p class="soft">{{ label }}</p><pre>{{ text }}</pre>
+{% endfor %}</details>{% endif %}{% endfor %}</body></html>
 '''
 
 def render_html(report: Report) -> str:
@@ -472,7 +505,7 @@ def render_html(report: Report) -> str:
     import jinja2
     from markupsafe import Markup
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return clean_text(env.from_string(PAGE).render(r=report, css=Markup(CSS), svg=lambda p: Markup(svg(p))))
+    return clean_text(env.from_string(PAGE).render(r=report, css=Markup(CSS), legend=legend, svg=lambda p: Markup(svg(p))))
 
 # %% ../nbs/15_report.ipynb #76540515
 def generate_report(base: Path | str | None = None, price_per_hour: float | None = None) -> Path:

@@ -51,8 +51,8 @@ def whole_pipeline(base, tag='d4'):
     log_result('base_eval', dict(tag=tag, val_bpb=1.125, ngram_bpb=1.4375, seconds=20., samples=[dict(prompt='def f', completion=HOSTILE)]), base)
     training_run(base, 'chatsft_checkpoints', tag)
     log_result('chat_sft', dict(tag=tag, seconds=100.), base)
-    for step in range(30): append_jsonl(base/'chatrl_checkpoints'/tag/'metrics.jsonl', dict(step=step, reward=.4 + step/100, seconds=1.*step))
-    log_result('chat_rl', dict(tag=tag, seconds=30.), base)
+    for step in range(30): append_jsonl(base/'chatrl_checkpoints'/tag/'metrics.jsonl', dict(step=step, reward=.4 + step/100, seconds=1.*step) | (dict(eval_reward=.5 + step/100) if step % 29 == 0 else {}))
+    log_result('chat_rl', dict(model_tag=tag, seconds=30., reward_before=.25, reward_after=.8125), base)
     for source, acc in (('sft', .5), ('rl', .75)):
         log_result('chat_eval', dict(source=source, seconds=15., tasks={'arithmetic': dict(accuracy=acc, chance=0., n=64), 'pydoc': dict(accuracy=.5, chance=.25, n=64)}), base)
 
@@ -61,12 +61,12 @@ def test_everything_is_in_both_files(tmp_path):
     whole_pipeline(tmp_path)
     path = generate_report(tmp_path, price_per_hour=3.6)
     page, text = path.read_text(), (tmp_path/'report'/'report.md').read_text()
-    for word in ('1.125', '1.438', '75.0%', '25.0%', '50.0%', 'Some CPU', 'mid_train has not run', '6m30s', '0.39'):
+    for word in ('1.125', '1.438', '75.0%', '25.0%', '50.0%', 'Some CPU', 'mid_train has not run', '6m30s', '0.39', '0.8125', '75.0% ± 5.4'):
         assert word in page, word
         assert word.replace('_', r'\_') in text, word
     tags = Tags(page)
     assert tags.tags.count('svg') == 4 + 4 + 1   # loss, bpb, rate, speed twice; reward
-    assert sum('▁' in line or '█' in line for line in text.splitlines()) == 9
+    assert sum('▁' in line or '█' in line for line in text.splitlines()) == 10   # the reward plot has two curves
 
 
 def test_page_asks_for_nothing_outside(tmp_path):
@@ -111,7 +111,7 @@ def test_hostile_text_stays_text(text):
     page = render_html(report)
     page.encode('utf8')
     tags = Tags(page)
-    assert not {'script', 'img', 'b onload'} & set(tags.tags) and not any(a.startswith('on') for a in tags.attributes)
+    assert not {'script', 'img', 'details onload'} & set(tags.tags) and not any(a.startswith('on') for a in tags.attributes)
     assert '49' not in re.findall(r'<td>([^<]*)</td>', page)
     markdown = render_markdown(report)
     markdown.encode('utf8')
@@ -155,6 +155,13 @@ def test_latest_result_and_its_run_count(tmp_path):
     os.utime(tmp_path/'base_checkpoints'/'d4'/'metrics.jsonl')  # newer on disk, but not the one the result names
     stage = load_stages(tmp_path)['base_train']
     assert stage.result['tag'] == 'd6' and stage.metrics[0]['loss'] == 2.
+
+
+def test_score_of_another_run_says_so(tmp_path):
+    """Evaluations of an older run must not pass for the new one's."""
+    log_result('base_train', dict(tag='d6'), tmp_path)
+    for source, tag in (('sft', 'd4'), ('rl', 'd6')): log_result('chat_eval', dict(source=source, model_tag=tag, tasks=dict(a=.5)), tmp_path)
+    assert build_report(load_stages(tmp_path)).sections[0].tables[0].header == ['task', 'chance', 'after sft (d4)', 'after rl', 'questions']
 
 
 def test_unfinished_stage_shows_its_curve(tmp_path):
