@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded', 'policy_gradient',
            'chosen_tokens', 'rl_step', 'rate_at', 'pass_at_k', 'evaluate_policy', 'ChatRLConfig', 'check_settings',
-           'RLRun', 'one_update', 'due', 'improve', 'deciding', 'prepare', 'summary', 'chat_rl', 'main']
+           'RLRun', 'one_update', 'due', 'evaluated', 'improve', 'deciding', 'prepare', 'summary', 'chat_rl', 'main']
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #05953b87
 import dataclasses, functools, json, math, random, time
@@ -22,7 +22,7 @@ from ..engine import Engine
 from ..report import log_result
 from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task
 from ..tasks.common import Task
-from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, evaluated, finished, resume, sum_gradients
+from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, resume, sum_gradients, trim_metrics
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #69d15ff0
 @dataclass(slots=True)
@@ -216,11 +216,16 @@ def due(step: int, cfg: ChatRLConfig) -> bool:
     "Whether held-out questions are asked after this many updates."
     return step in (0, cfg.num_iterations) or (cfg.eval_every > 0 and step % cfg.eval_every == 0)
 
+def evaluated(run: Path, step: int) -> bool:
+    "Whether the metrics hold an evaluation of this step: a run may have been killed between saving and evaluating."
+    return any(row.get('step') == step and 'eval_reward' in row for row in read_jsonl(run/'metrics.jsonl'))
+
 def improve(r: RLRun) -> float:
     "Run from the newest checkpoint, or the start, to the last update; returns the seconds spent on updates. Saves before it evaluates."
     state, cfg, asked = resume(r.run, r.model, r.optimizer), r.cfg, False
     step, seconds = (state.step, state.seconds) if state else (0, 0.0)
     if step: print0(f'{r.run.name}: going on after step {step} of {cfg.num_iterations}')
+    if get_ranks().is_main: trim_metrics(r.run/'metrics.jsonl', step)  # updates after the last checkpoint come again
     if due(step, cfg) and not evaluated(r.run, step): r.evaluate(step)
     r.model.train()
     with StopSignals() as stop, Progress(cfg.num_iterations, 'chat_rl', 'updates') as bar:
