@@ -48,7 +48,9 @@ def _build_index() -> list[tuple[str, str]]:
 @functools.lru_cache(maxsize=1)
 def pydoc_index() -> tuple[tuple[str, str], ...]:
     "(dotted name, first sentence) for the whole standard library, sorted. Takes a few seconds the first time, then it is cached."
-    return tuple(map(tuple, cached_json('pydoc', _build_index)))
+    index = tuple(map(tuple, cached_json('pydoc', _build_index)))
+    if len(index) < 1000: raise UserError('this Python comes without the sources of its standard library, whose docstrings pydoc asks about; install a full Python 3.11 or later')
+    return index
 
 # %% ../../nbs/tasks/03_pydoc.ipynb #aa1e9c89
 @functools.lru_cache(maxsize=2)
