@@ -53,7 +53,7 @@ class BaseTrainConfig:
     long_documents: str = 'split'  # documents longer than a row: split makes several rows, crop keeps the first
     seed: int = 42  # of the initial weights
     eval_every: int = 0  # steps between evaluations; 0: five in the run, -1: only at the end
-    eval_tokens: int = 32768  # tokens per evaluation
+    eval_tokens: int = 16384  # tokens per evaluation
     save_every: int = 0  # steps between checkpoints; 0: five in the run, -1: only at the end
     keep: int = 2  # checkpoints to keep
     compile: bool | None = None  # torch.compile; None: on CUDA

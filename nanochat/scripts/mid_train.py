@@ -56,7 +56,7 @@ class TuneConfig:
     custom: str = ''  # a JSON-lines file with your own conversations
     seed: int = 42  # order of the mixture
     eval_every: int = 0  # steps between evaluations; 0: five in the run, -1: only at the end
-    eval_size: int = 64  # held-out conversations of each task
+    eval_size: int = 16  # held-out conversations of each task
     save_every: int = 0  # steps between checkpoints; 0: five in the run, -1: only at the end
     keep: int = 1  # checkpoints to keep
     compile: bool | None = None  # torch.compile; None: on CUDA
