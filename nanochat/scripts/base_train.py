@@ -97,6 +97,7 @@ class Setup:
     run: Path
     stored: dict[str, Any] | None  # the configuration of a run to go on with
 
+# %% ../../nbs/scripts/02_base_train.ipynb #346db30a
 def make_plan(cfg: BaseTrainConfig, config: GPTConfig, world_size: int, num_iterations: int | None = None) -> TrainPlan:
     "The training plan for these settings; `num_iterations` when a budget of minutes has been turned into steps."
     return plan_training(config, device_batch_size=cfg.device_batch_size, world_size=world_size, total_batch_size=cfg.total_batch_size,
@@ -150,6 +151,7 @@ def validation_bpb(model: GPT, tokenizer: RustBPETokenizer, corpus: Corpus, *, s
     try: return evaluate_bpb(model, loader, max(1, round(tokens / (B * T * ranks.world_size))), token_bytes(tokenizer, device))
     finally: close(loader)
 
+# %% ../../nbs/scripts/02_base_train.ipynb #f7d53662
 def samples(model: GPT, tokenizer: RustBPETokenizer, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 48, temperature: float = 0.8) -> list[dict[str, str]]:
     "One continuation of each prompt, with the same random numbers each time."
     engine = Engine(model, tokenizer)
@@ -184,6 +186,7 @@ def job_for(setup: Setup) -> Job:
     return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, [hook],
                dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None)
 
+# %% ../../nbs/scripts/02_base_train.ipynb #cea6c140
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
     "What the report is told about a finished run."
     seconds = max(time.perf_counter() - start, trained.seconds)
@@ -192,13 +195,14 @@ def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any
                 **trained.evals, seconds=round(seconds, 2), tok_per_sec=round(trained.tokens / max(trained.seconds, 1e-9)),
                 memory=peak_memory_bytes(setup.device), samples=samples(job.model, setup.tokenizer))
 
-# %% ../../nbs/scripts/02_base_train.ipynb #e9710650
+# %% ../../nbs/scripts/02_base_train.ipynb #75528ab3
 def describe(setup: Setup) -> str:
     "One line on what is about to be trained."
     c, p = setup.config, setup.plan
     return (f'{setup.run.name}: {c.n_layer} layers, width {c.n_embd}, vocabulary {c.vocab_size}, {human(p.tokens)} tokens of {setup.corpus.name} '
             f'({p.tokens / max(p.scaling_params, 1):.1f} per parameter), {human(p.flops)} FLOPs on {setup.device}')
 
+# %% ../../nbs/scripts/02_base_train.ipynb #33d95edd
 def base_train(cfg: BaseTrainConfig) -> dict[str, Any]:
     "Pretrain, or finish what was begun; returns the summary that the report shows. Raises `UserError` before work begins if something is missing."
     start, device = time.perf_counter(), detect_device(cfg.device or None)

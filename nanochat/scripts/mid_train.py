@@ -94,6 +94,7 @@ class Stage:
 
 MID = Stage('mid_train', 'mid', 'all', 'mid-training')
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #829ad772
 @dataclass
 class Setup:
     "What tuning needs, checked."
@@ -110,7 +111,7 @@ class Setup:
     run: Path
     stored: dict[str, Any] | None  # the configuration of a run to go on with
 
-# %% ../../nbs/scripts/04_mid_train.ipynb #829ad772
+# %% ../../nbs/scripts/04_mid_train.ipynb #dd1a1a72
 def inherited_plan(meta: dict[str, Any], config: GPTConfig, rows: int) -> TrainPlan:
     "The plan a checkpoint was trained with; for one that does not say, the plan its size suggests."
     known = {f.name for f in dataclasses.fields(TrainPlan)}
@@ -123,6 +124,7 @@ def tuning_plan(cfg: TuneConfig, old: TrainPlan, config: GPTConfig, rows: int, w
     return dataclasses.replace(old, total_batch_size=batch, num_iterations=num_iterations, grad_accum_steps=check_batch(batch, rows, config.sequence_len, world_size),
                                weight_decay=0.0, warmup_steps=0, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=0.0)
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #a61cd450
 def steps_of(cfg: TuneConfig, task: Task, tokenizer: RustBPETokenizer, config: GPTConfig, batch: int, sample: int = 200) -> int:
     "Optimizer steps for the wanted length; passes over the mixture are estimated from the mean length of a sample of it."
     if cfg.num_iterations is not None:
@@ -185,8 +187,6 @@ def training_loader(setup: Setup, state: dict | None = None) -> Iterator:
                             ranks=setup.ranks, resume_state_dict=state, loss_on=setup.stage.loss_on)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #60f5217b
-QUESTIONS = ("How many 'r' are in the word strawberry?", 'What is 12 * 34?', 'Spell the word: window', 'What does textwrap.dedent do?', 'Who are you?')
-
 @torch.no_grad()
 def validation_loss(model: GPT, setup: Setup) -> dict[str, float]:
     "`val_loss`: mean nats per trained token over one pass of the held-out conversations."
@@ -197,6 +197,9 @@ def validation_loss(model: GPT, setup: Setup) -> dict[str, float]:
         total += float(model(x, y, loss_reduction='sum'))
         count += int((y >= 0).sum())
     return dict(val_loss=total / max(count, 1))
+
+# %% ../../nbs/scripts/04_mid_train.ipynb #51656dee
+QUESTIONS = ("How many 'r' are in the word strawberry?", 'What is 12 * 34?', 'Spell the word: window', 'What does textwrap.dedent do?', 'Who are you?')
 
 def chat_samples(model: GPT, tokenizer: RustBPETokenizer, questions: tuple[str, ...] = QUESTIONS, max_tokens: int = 96) -> list[dict[str, str]]:
     "The answers to a few questions at temperature 0, tool calls included."
@@ -212,6 +215,7 @@ def within_minutes(setup: Setup, start: float) -> TrainPlan:
     steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, lambda: validation_loss(model, setup))
     return dataclasses.replace(setup.plan, num_iterations=steps)
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #1ab08d6d
 def job_for(setup: Setup) -> Job:
     "The training job: what `run_job` needs to begin a run or to go on with it."
     cfg, plan = setup.cfg, setup.plan
@@ -224,6 +228,7 @@ def job_for(setup: Setup) -> Job:
     meta = dict(depth=setup.config.n_layer, source=cfg.source, device_batch_size=setup.rows, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint())
     return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, [hook], meta, setup.stored is None)
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #b7fe8b0b
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
     "What the report is told about a finished run."
     seconds = max(time.perf_counter() - start, trained.seconds)
@@ -231,7 +236,7 @@ def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any
                 total_batch_size=setup.plan.total_batch_size, loss=trained.loss, **trained.evals, seconds=round(seconds, 2),
                 tok_per_sec=round(trained.tokens / max(trained.seconds, 1e-9)), memory=peak_memory_bytes(setup.device), samples=chat_samples(job.model, setup.tokenizer))
 
-# %% ../../nbs/scripts/04_mid_train.ipynb #422b226b
+# %% ../../nbs/scripts/04_mid_train.ipynb #8782d241
 def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
     "Run a tuning stage, or finish what was begun; returns the summary that the report shows. Raises `UserError` before work begins if something is missing."
     start, device = time.perf_counter(), detect_device(cfg.device or None)
@@ -252,6 +257,7 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
         print0(f"{setup.run.name}: {trained.evals['val_loss']:.4f} nats per token on held-out conversations after {human_time(result['seconds'])}, in {setup.run}")
         return result
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #bffb2898
 @dataclass
 class MidTrainConfig(TuneConfig):
     "Mid-training: chat format, tool use and multiple choice, loss on all tokens."
