@@ -6,8 +6,8 @@
 __all__ = ['Batch', 'PEAK_FLOPS', 'all_sum', 'close', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate',
            'NonFiniteLoss', 'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'metrics_line',
            'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult', 'Recorder',
-           'after_step', 'recorded', 'fit', 'resume', 'load_momentum', 'Job', 'run_job', 'decisive', 'every',
-           'finished', 'rehearse', 'iterations_for', 'steps_within']
+           'after_step', 'recorded', 'fit', 'resume', 'load_momentum', 'Job', 'run_job', 'checkpoint_bytes', 'going_on',
+           'decisive', 'every', 'finished', 'rehearse', 'iterations_for', 'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, dataclasses, json, math, signal, threading, time
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from .checkpoint_manager import clean_run, init_run, list_checkpoints, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from .common import Progress, UserError, append_jsonl, atomic_write, compute_dtype, get_ranks, human, peak_memory_bytes, print0, read_jsonl
 from .dataloader import gather_state
-from .scaling import TrainPlan, apply_schedule
+from .gpt import GPTConfig
+from .scaling import TrainPlan, apply_schedule, check_batch, model_size
 
 # %% ../nbs/10_train.ipynb #00032929
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, int64 (B, T); target -1: not trained
@@ -315,6 +316,15 @@ def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     loader = job.loader(state.loader_state)
     try: return fit(model, job.optimizer, loader, job.plan, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc)
     finally: close(loader)
+
+# %% ../nbs/10_train.ipynb #45121a46
+def checkpoint_bytes(config: GPTConfig) -> int:
+    "About how many bytes a checkpoint of such a model takes: fp32 weights, and at most two moments of each."
+    return 12 * model_size(config).total
+
+def going_on(plan: dict[str, Any], rows: int, sequence_len: int, world_size: int) -> TrainPlan:
+    "The stored plan of a run, for as many processes as there are now. Raises `UserError` when they cannot share the batch."
+    return TrainPlan(**plan | dict(grad_accum_steps=check_batch(plan['total_batch_size'], rows, sequence_len, world_size)))
 
 # %% ../nbs/10_train.ipynb #0b1abbd6
 def decisive(cfg: Any, ignore: Sequence[str]) -> dict[str, Any]:

@@ -121,10 +121,7 @@ def test_two_ranks_train_as_one(tmp_path):
     alone.mkdir(), both.mkdir()
     model = bigram()
     fit(model, sgd(model), rows(8, ragged=True), a_plan(10), run=alone)
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     env = lambda r: os.environ | dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     children = [subprocess.Popen([sys.executable, '-c', RANKS, str(both), str(Path(__file__).parent)], env=env(r), stderr=subprocess.PIPE, text=True) for r in range(2)]
     for c in children:
@@ -239,6 +236,35 @@ def test_killed_twice_equals_uninterrupted_bit_for_bit(home, tmp_path):
         for k, v in state.items(): assert torch.equal(torch.as_tensor(v), torch.as_tensor(killed.optim_state['state'][i][k])), (i, k)
     numbers = lambda tag: [{k: r[k] for k in ('step', 'tokens', 'loss', 'lr', 'val_bpb') if k in r} for r in read_jsonl(run_dir('base', tag)/'metrics.jsonl')]
     assert numbers('whole') == numbers('killed') and len(numbers('whole')) == steps + 4
+
+
+def test_a_run_goes_on_with_two_processes_and_again_with_one(home, tmp_path):
+    """The plan, the batch in tokens and the place in the data stay; only the sharing of the work changes."""
+    toml, run = tmp_path/'run.toml', run_dir('base', 'd1')
+    toml.write_text('\n'.join(f'{k} = {json.dumps(v)}' for k, v in dict(TINY, device_batch_size=2, num_iterations=9, save_every=3, keep=3, device='cpu').items()))
+    bt.base_train(parse_config(bt.BaseTrainConfig, ['--config', str(toml)]))
+    def back_to(step):
+        (run/'result.json').unlink()
+        for s in list_checkpoints(run):
+            if s > step: shutil.rmtree(step_dir(run, s))
+    back_to(3)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()), '-m', 'nanochat.scripts.base_train', '--', '--config', str(toml)]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 'going on after step 3 of 9' in done.stdout and list_checkpoints(run) == [3, 6, 9]
+    assert load_checkpoint(run, 6).meta['world_size'] == 2 and (step_dir(run, 6)/'optim_rank1.pt').exists()
+    back_to(6)
+    assert bt.base_train(parse_config(bt.BaseTrainConfig, ['--config', str(toml)]))['tokens'] == 9 * 256
+    steps = [r for r in read_jsonl(run/'metrics.jsonl') if 'lr' in r]
+    assert [r['step'] for r in steps] == list(range(1, 10)) and [r['tokens'] for r in steps] == [256 * i for i in range(1, 10)]
+    assert steps[-1]['loss'] < steps[0]['loss']
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def test_ctrl_c_on_the_command_line(home, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_manager import check_tokenizer, empty_model, run_dir, settle_run
+from ..checkpoint_manager import empty_model, run_dir, settle_run
 from ..common import Ranks, UserError, atomic_write, cli, detect_device, distributed, human, human_time, peak_memory_bytes, print0, require_space
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit, tokenizing_distributed_data_loader_with_state_bos_bestfit
 from ..dataset import Corpus, open_corpus
@@ -26,7 +26,7 @@ from ..loss_eval import evaluate_bpb
 from ..report import log_result
 from ..scaling import PRESETS, TrainPlan, get_preset, gpt_config, plan_training
 from ..tokenizer import RustBPETokenizer, get_tokenizer, token_bytes
-from ..train import Hook, Job, Loop, close, decisive, every, finished, peak_flops, run_job, steps_within
+from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, peak_flops, run_job, steps_within
 
 # %% ../../nbs/scripts/02_base_train.ipynb #a792bd48
 @dataclass
@@ -125,7 +125,8 @@ def prepare(cfg: BaseTrainConfig, device: torch.device, ranks: Ranks) -> Setup:
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     run = run_dir('base', cfg.model_tag or f'd{cfg.depth}')
     stored = settle_run(run, identity(cfg, tokenizer, corpus), fresh=cfg.fresh)
-    plan = TrainPlan(**stored['plan']) if stored else make_plan(cfg, config, ranks.world_size)
+    plan = going_on(stored['plan'], cfg.device_batch_size, config.sequence_len, ranks.world_size) if stored else make_plan(cfg, config, ranks.world_size)
+    require_space(run, (cfg.keep + 1) * checkpoint_bytes(config))
     return Setup(cfg, device, ranks, tokenizer, corpus, config, plan, run, stored)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #c06c19b3
@@ -178,7 +179,6 @@ def job_for(setup: Setup) -> Job:
     "The training job: what `run_job` needs to begin a run or to go on with it."
     cfg, plan = setup.cfg, setup.plan
     model, optimizer = build(setup)
-    require_space(setup.run, 2 * (cfg.keep + 1) * sum(4 * p.numel() for p in model.parameters()))
     config = setup.stored or dataclasses.asdict(cfg) | identity(cfg, setup.tokenizer, setup.corpus) | dict(
         plan=dataclasses.asdict(plan), model_config=dataclasses.asdict(setup.config))
     hook = Hook(lambda step: evaluation(model, setup), every(cfg.eval_every, plan.num_iterations))

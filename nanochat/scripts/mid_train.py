@@ -30,7 +30,7 @@ from ..tasks.customjson import CustomJSON, identity_task
 from ..tasks.pydoc import PyDoc
 from ..tasks.spellingbee import SimpleSpelling, SpellingBee
 from ..tokenizer import RustBPETokenizer
-from ..train import Hook, Job, Loop, all_sum, close, decisive, every, finished, load_momentum, peak_flops, run_job, steps_within
+from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, load_momentum, peak_flops, run_job, steps_within
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #2e1ed82c
 @dataclass
@@ -168,7 +168,8 @@ def prepare(cfg: TuneConfig, stage: Stage, device: torch.device, ranks: Ranks) -
     plan = tuning_plan(cfg, old, config, rows, ranks.world_size, 1)
     plan = dataclasses.replace(plan, num_iterations=steps_of(cfg, task, tokenizer, config, plan.total_batch_size))
     stored = settle_run(run, identity(cfg, origin), fresh=cfg.fresh)
-    if stored: plan = TrainPlan(**stored['plan'])
+    if stored: plan = going_on(stored['plan'], rows, config.sequence_len, ranks.world_size)
+    require_space(run, (cfg.keep + 1) * checkpoint_bytes(config))
     return Setup(cfg, stage, device, ranks, tokenizer, config, origin, task, plan, rows, run, stored)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #d1e30cbd
@@ -220,7 +221,6 @@ def job_for(setup: Setup) -> Job:
     "The training job: what `run_job` needs to begin a run or to go on with it."
     cfg, plan = setup.cfg, setup.plan
     model, optimizer = build(setup)
-    require_space(setup.run, 2 * (cfg.keep + 1) * sum(4 * p.numel() for p in model.parameters()))
     plan_dict = dict(plan=dataclasses.asdict(plan), model_config=dataclasses.asdict(setup.config))
     config = setup.stored or dataclasses.asdict(cfg) | identity(cfg, setup.origin) | plan_dict
     hook = Hook(lambda step: validation_loss(model, setup), every(cfg.eval_every, plan.num_iterations))
