@@ -47,8 +47,8 @@ class GPTConfig:
 EPS = torch.finfo(torch.float32).eps  # F.rms_norm's own choice
 
 def by_hand(x: Tensor) -> bool:
-    "Whether to use the hand-written backward passes: training, on a CPU, not compiled."
-    return x.device.type == 'cpu' and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    "Whether to use the hand-written parts: on a CPU, unless compiled or so small that calls cost more than arithmetic."
+    return x.device.type == 'cpu' and (x.requires_grad or x.numel() > 2**16) and not torch.compiler.is_compiling()
 
 def inverse_rms(x: Tensor) -> Tensor:
     "1 / sqrt(mean of squares + eps) over the last dimension, kept."
@@ -97,7 +97,7 @@ class Linear(nn.Linear):
 
 def linear_together(x: Tensor, *layers: Linear) -> list[Tensor]:
     "The layers' outputs for one input. In training as one product: one larger matrix is faster, and so is its gradient."
-    if not by_hand(x): return [f(x) for f in layers]
+    if not (by_hand(x) and x.requires_grad): return [f(x) for f in layers]
     weight = torch.cat([f.weight.to(x.dtype) for f in layers])
     return F.linear(x, weight).split([len(f.weight) for f in layers], dim=-1)
 
@@ -116,7 +116,7 @@ def has_ve(layer: int, n_layer: int) -> bool:
 
 # %% ../nbs/06_gpt.ipynb #95313f68
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-    "`apply_rotary` for x `(B, H, T, D)`, contiguous, with cos and sin `(T, D / 2)`; sign -1 turns backwards."
+    "`apply_rotary` for x `(B, H, T, D)`, contiguous, with cos and sin `(B or 1, 1, T, D / 2)`; sign -1 turns backwards."
     half = x.shape[-1] // 2
     swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
     return torch.mul(x, torch.cat([cos, cos], dim=-1)).addcmul_(swapped, torch.cat([sin, -sin], dim=-1), value=sign)
@@ -126,7 +126,7 @@ class _RotateAndNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         B, T, H, D = x.shape
-        inv, cos, sin = inverse_rms(x) * QK_SCALE, cos[0, :, 0], sin[0, :, 0]
+        inv, cos, sin = inverse_rms(x) * QK_SCALE, cos.transpose(1, 2), sin.transpose(1, 2)
         n = torch.mul(x, inv, out=torch.empty((B, H, T, D), dtype=x.dtype).transpose(1, 2))
         ctx.save_for_backward(n, inv, cos, sin)
         return rotate(n.transpose(1, 2), cos, sin).transpose(1, 2)
@@ -236,20 +236,22 @@ def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, redu
     return F.cross_entropy(logits.view(-1, vocab_size), targets.reshape(-1), ignore_index=-1, reduction=reduction)
 
 # %% ../nbs/06_gpt.ipynb #ed0cfcd0
-def head_rows(z: Tensor, targets: Tensor, scale: Tensor | None, buffers: tuple[Tensor, Tensor]) -> Tensor:
-    """fp32 loss per row (0 where ignored) of `z` `(n, V)`, the logits times 2 / 15, which are overwritten by a quarter of the loss's gradient
-    by the logits, times `scale` (n,) if given. `buffers` are two fp32 tensors like z."""
+def head_rows(z: Tensor, targets: Tensor, scale: Tensor | None, buffers: tuple[Tensor, Tensor], grad: bool) -> Tensor:
+    """fp32 loss per row (0 where ignored) of `z` `(n, V)`, the logits times 2 / 15, which are overwritten, if `grad`, by a quarter of the loss's
+    gradient by the logits, times `scale` (n,) if given. `buffers` are two fp32 tensors like z."""
     s, p = buffers
     torch.mul(s.copy_(z).sigmoid_(), 2 * SOFTCAP, out=p)  # capped logits are 30 s - 15
-    torch._softmax(p, 1, False, out=p)
+    p = p.softmax(1) if z.is_cuda else torch._softmax(p, 1, False, out=p)
     valid, index = targets >= 0, targets.clamp(min=0).unsqueeze(1)
     p_target = p.gather(1, index)                         # at least e^-30 / V: its logarithm is finite
+    loss = p_target.log().neg_().squeeze(1) * valid
+    if not grad: return loss
     p.scatter_(1, index, p_target - 1)
     torch.ops.aten.sigmoid_backward.grad_input(p, s, grad_input=p)  # p s (1 - s)
     if scale is not None: p.mul_(scale.unsqueeze(1))
     z.copy_(p)
     if z.is_cuda or not valid.all(): z.masked_fill_(~valid.unsqueeze(1), 0)
-    return p_target.log_().neg_().squeeze(1) * valid
+    return loss
 
 # %% ../nbs/06_gpt.ipynb #dc4b5515
 def head_chunks(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, grad: bool, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -263,7 +265,7 @@ def head_chunks(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, row
         s = slice(i, i + rows)
         n = len(x[s])
         torch.mm(x[s], w2.T, out=z[:n])
-        loss[s] = head_rows(z[:n], targets[s], None if scale is None else scale[s], tuple(b[:n] for b in buffers))
+        loss[s] = head_rows(z[:n], targets[s], None if scale is None else scale[s], tuple(b[:n] for b in buffers), grad)
         if not grad: continue
         torch.mm(z[:n], w2, out=dx[s])
         dw[:vocab_size] += z[:n].T @ x[s]
