@@ -390,6 +390,14 @@ def test_bad_input_is_refused_before_work_begins(home, flags, sentence):
     assert not (home/'base_checkpoints').exists()
 
 
+def test_full_disk_is_noticed_before_training(home, monkeypatch):
+    import nanochat.common
+    real = shutil.disk_usage
+    monkeypatch.setattr(nanochat.common.shutil, 'disk_usage', lambda path: real(path)._replace(free=10_000))
+    with pytest.raises(UserError, match='of disk and only'): bt.base_train(bt.BaseTrainConfig(**TINY, num_iterations=3))
+    assert not (home/'base_checkpoints').exists()
+
+
 def test_missing_tokenizer_and_missing_model_name_the_command(base_directory):
     with pytest.raises(UserError, match='nanochat.scripts.tok_train'): bt.base_train(bt.BaseTrainConfig(**TINY, num_iterations=3))
     with pytest.raises(UserError, match='nanochat.scripts.base_train'): sft.chat_sft(sft.ChatSFTConfig(**CHATS))
