@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KVCache', 'next_token_odds', 'pick', 'sample_next_token', 'uniforms', 'ToolUse', 'model_dtype', 'inference_copy',
            'weights_version', 'Slots', 'SlotCache', 'Row', 'context_limit', 'check_request', 'read_prompt',
-           'last_logits', 'Decoder', 'Engine']
+           'last_logits', 'Requests', 'Decoder', 'columns', 'collect', 'Engine']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import copy, hashlib
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -258,64 +259,95 @@ def last_logits(model: Any, prompts: list[list[int]], batch_tokens: int = 8192) 
     return torch.stack(out)
 
 # %% ../nbs/12_engine.ipynb #e2dbe795
-class Decoder:
-    "The loop under everything the engine does: many prompts, `num_samples` answers each, at most `slots` rows at a time."
-    def __init__(self, model: Any, tokenizer: Any, prompts: list[list[int]], budgets: list[int], seeds: list[int], num_samples: int, slots: int, sampling: dict):
-        self.model, self.tokenizer, self.sampling, self.num_samples = model, tokenizer, sampling, num_samples
-        self.prompts, self.budgets, self.seeds = prompts, budgets, seeds
-        self.device, self.dtype = model.get_device(), model_dtype(model)
-        self.waiting = deque(sorted((i for i, b in enumerate(budgets) if b), key=lambda i: len(prompts[i])))
-        self.slots = max(num_samples, min(slots, num_samples * len(prompts)))
-        longest = max((len(prompts[i]) + budgets[i] for i in self.waiting), default=1)
-        start = max((len(prompts[i]) + min(budgets[i], 128) for i in self.waiting), default=1)
-        self.cache = SlotCache(model, self.slots, start, longest, self.dtype)
-        self.rows: list[Row] = []
+@dataclass
+class Requests:
+    "What is to be generated: prompts with their budgets of new tokens and their seeds, `num_samples` answers each."
+    prompts: list[list[int]]
+    budgets: list[int]
+    seeds: list[int]
+    num_samples: int
+    sampling: dict[str, Any]  # temperature, top_k, top_p
 
-    def next_group(self) -> list[int]:
-        "Waiting prompts of one length that fit into the free slots; at most 4,096 tokens at once, to bound the memory of a prefill."
-        free, group = (self.slots - len(self.rows)) // self.num_samples, []
-        while self.waiting and len(group) < free:
+    def __post_init__(self):
+        self.waiting = deque(sorted((i for i, b in enumerate(self.budgets) if b), key=lambda i: len(self.prompts[i])))
+        self.longest = max((len(self.prompts[i]) + self.budgets[i] for i in self.waiting), default=1)
+
+    def next_group(self, free: int) -> list[int]:
+        "Waiting prompts of one length whose samples fit into `free` slots; at most 4,096 tokens at once, to bound the memory of a prefill."
+        group = []
+        while self.waiting and (len(group) + 1) * self.num_samples <= free:
             n = len(self.prompts[self.waiting[0]])
             if group and (n != len(self.prompts[group[0]]) or (len(group) + 1) * n > 4096): break
             group.append(self.waiting.popleft())
         return group
 
+# %% ../nbs/12_engine.ipynb #fae986a1
+class Decoder:
+    "The loop under everything the engine does, at most `slots` rows at a time."
+    def __init__(self, model: Any, tokenizer: Any, requests: Requests, slots: int):
+        self.model, self.tokenizer, self.requests = model, tokenizer, requests
+        self.device, self.dtype = model.get_device(), model_dtype(model)
+        self.slots = max(requests.num_samples, min(slots, requests.num_samples * len(requests.waiting)))
+        self.cache = SlotCache(model, self.slots, min(requests.longest, 256), requests.longest, self.dtype)
+        self.rows: list[Row] = []
+
     def read(self, group: list[int]) -> Tensor:
         "Prefill prompts of one length and give each its slots; logits (len(group) * num_samples, V) of their first new tokens."
-        c, ids = self.model.config, torch.tensor([self.prompts[i] for i in group], device=self.device)
+        r, c = self.requests, self.model.config
+        ids = torch.tensor([r.prompts[i] for i in group], device=self.device)
         cache = KVCache(len(group), c.n_kv_head, ids.shape[1], c.n_embd // c.n_head, c.n_layer, self.device, self.dtype)
         logits = read_prompt(self.model, ids, cache)
-        self.cache.admit(cache, self.num_samples)
-        self.rows += [Row(i, s, ids.shape[1], self.budgets[i], self.seeds[i], self.tokenizer) for i in group for s in range(self.num_samples)]
-        return logits.repeat_interleave(self.num_samples, dim=0)
+        self.cache.admit(cache, r.num_samples)
+        self.rows += [Row(i, s, ids.shape[1], r.budgets[i], r.seeds[i], self.tokenizer) for i in group for s in range(r.num_samples)]
+        return logits.repeat_interleave(r.num_samples, dim=0)
 
     def choose(self, logits: Tensor) -> list[int]:
         "One sampled token per row: a single trip to the device and back."
-        u = torch.tensor([next(r.noise) for r in self.rows], device=self.device) if self.sampling['temperature'] else None
-        return pick(logits, u, **self.sampling)[:, 0].tolist()
+        u = torch.tensor([next(r.noise) for r in self.rows], device=self.device) if self.requests.sampling['temperature'] else None
+        return pick(logits, u, **self.requests.sampling)[:, 0].tolist()
 
-    def feed(self) -> Tensor:
-        "Release finished rows, run one step for the others: logits (rows, V)."
+    def feed(self) -> Tensor | None:
+        "Release finished rows and run one step for the others: logits (rows, V); None when no row is left."
         done = [i for i, r in enumerate(self.rows) if r.done]
         if done: self.rows = [self.rows[i] for i in self.cache.release(done)]
-        if not self.rows: return torch.empty(0, 0, device=self.device)
+        if not self.rows: return None
         self.cache.reserve(max(r.length for r in self.rows))
         ids = torch.tensor([[r.token] for r in self.rows], device=self.device)
         return self.model.forward(ids, kv_cache=self.cache)[:, -1]
 
     @torch.inference_mode()
-    def steps(self) -> Iterator[list[tuple[Row, int, int]]]:
-        "Yield, step by step, (row, token, mask) for every row that got a token. The row's fields are valid until the next step."
+    def steps(self) -> Iterator[list[tuple[Row, int]]]:
+        "Yield, step by step, (row, mask) for every row that got a token, which is `row.token` until the next step."
         logits = None
-        while self.waiting or self.rows:
-            while group := self.next_group():
+        while self.requests.waiting or self.rows:
+            while group := self.requests.next_group(self.slots - len(self.rows)):
                 new = self.read(group)
-                logits = new if logits is None or not logits.numel() else torch.cat([logits, new])
-            masks = [row.accept(t) for row, t in zip(self.rows, self.choose(logits))]
-            yield [(row, row.token, mask) for row, mask in zip(self.rows, masks)]
+                logits = new if logits is None else torch.cat([logits, new])
+            yield [(row, row.accept(t)) for row, t in zip(self.rows, self.choose(logits))]
             logits = self.feed()
 
 # %% ../nbs/12_engine.ipynb #bc2f54fc
+def columns(decoder: Decoder, num_samples: int) -> Iterator[tuple[list[int], list[int]]]:
+    "The steps of one request as columns of tokens and masks, one entry per sample."
+    column = [0] * num_samples
+    for step in decoder.steps():
+        masks = [0] * num_samples
+        for row, mask in step: column[row.sample], masks[row.sample] = row.token, mask
+        yield column.copy(), masks
+
+def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], list[list[int]]]]:
+    "Run to the end: for each prompt the whole sequences, prompt included, and their masks, one per sample."
+    r = decoder.requests
+    out = [([list(p) for _ in range(r.num_samples)], [[0] * len(p) for _ in range(r.num_samples)]) for p in r.prompts]
+    for step in decoder.steps():
+        for row, mask in step:
+            if row.ended and not keep_end: continue
+            ids, masks = out[row.request]
+            ids[row.sample].append(row.token)
+            masks[row.sample].append(mask)
+    return out
+
+# %% ../nbs/12_engine.ipynb #dc5ce80b
 class Engine:
     """Generates with any model that has `.config`, `get_device()` and `forward(ids, kv_cache=)`.
 
@@ -331,25 +363,18 @@ class Engine:
         if version is None or version != self._version: self._fast, self._version = inference_copy(self.model), version
         return self._fast
 
-    def _decoder(self, prompts: list[list[int]], num_samples: int, max_tokens: int | None, seeds: list[int], slots: int, **sampling: Any) -> Decoder:
+    def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, **sampling: Any) -> Decoder:
+        "The loop for these prompts. Raises `UserError` before any work."
         if num_samples < 1: raise UserError(f'num_samples {num_samples} is too small; use 1 or more')
         budgets = [check_request(self.model, p, max_tokens, sampling['temperature'], sampling['top_k']) for p in prompts]
-        return Decoder(self.inference_model(), self.tokenizer, prompts, budgets, seeds, num_samples, slots, sampling)
+        return Decoder(self.inference_model(), self.tokenizer, Requests(prompts, budgets, seeds, num_samples, sampling), slots)
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int | None = None, seed: int = 42, top_p: float | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """Yield `(token_column, token_masks)`, one entry per sample; mask 0 marks forced tokens. Stops when every sample has ended.
 
         max_tokens None goes on to the context limit. Closing the iterator stops at once. Raises `UserError` for a prompt that does not fit."""
-        decoder = self._decoder([list(tokens)], num_samples, max_tokens, [seed], num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
-        return self._columns(decoder, num_samples)
-
-    def _columns(self, decoder: Decoder, num_samples: int) -> Iterator[tuple[list[int], list[int]]]:
-        column = [0] * num_samples
-        for step in decoder.steps():
-            masks = [0] * num_samples
-            for row, token, mask in step: column[row.sample], masks[row.sample] = token, mask
-            yield column.copy(), masks
+        return columns(self.decoder([list(tokens)], max_tokens, [seed], num_samples, num_samples, temperature=temperature, top_k=top_k, top_p=top_p), num_samples)
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, **kwargs: Any) -> tuple[list[list[int]], list[list[int]]]:
         "Whole sequences, prompt included and terminal token excluded, and their masks (0: prompt and forced tokens). Arguments as in `generate`."
@@ -363,15 +388,7 @@ class Engine:
         `seed`: a list gives each prompt its own; an int s means s, s + 1, ... so that prompt i equals `generate_batch(prompt, seed=s + i)`.
         `keep_end` keeps the terminal token, which is sampled like any other (mask 1) and which reinforcement learning must see."""
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
-        decoder = self._decoder(prompts, num_samples, max_tokens, seeds, batch_size, temperature=temperature, top_k=top_k, top_p=top_p)
-        out = [([list(p) for _ in range(num_samples)], [[0] * len(p) for _ in range(num_samples)]) for p in prompts]
-        for step in decoder.steps():
-            for row, token, mask in step:
-                if row.ended and not keep_end: continue
-                ids, masks = out[row.request]
-                ids[row.sample].append(token)
-                masks[row.sample].append(mask)
-        return out
+        return collect(self.decoder(prompts, max_tokens, seeds, num_samples, batch_size, temperature=temperature, top_k=top_k, top_p=top_p), keep_end)
 
     def stream(self, tokens: list[int], **kwargs: Any) -> Iterator[str]:
         "One answer as pieces of text. A character of several tokens is held back until it is whole: the pieces joined are the decoded answer."
