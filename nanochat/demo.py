@@ -189,11 +189,12 @@ def _settings(gr: Any) -> list[Any]:
             max_tokens = gr.Slider(1, 1024, d.max_tokens, step=1, label='Longest answer, in tokens')
     return [system, temperature, top_k, seed, max_tokens]
 
+# %% ../nbs/17_demo.ipynb #4a20f767
 def _parts(gr: Any, info: str) -> dict[str, Any]:
     "Everything on the page, by name."
     messages = gr.State([])
     gr.Markdown(f'### nanochat\n{info}' if info else '### nanochat', elem_id='info')
-    chat = gr.Chatbot(show_label=False, height='60vh', render_markdown=False, buttons=[], latex_delimiters=[], placeholder='Ask what the model was taught: letters, sums, the standard library.')
+    chat = gr.Chatbot(show_label=False, height='60vh', render_markdown=False, buttons=[], latex_delimiters=[], placeholder='Ask about letters, sums, the standard library.')
     with gr.Row():
         box = gr.Textbox('', show_label=False, placeholder='Type a message', container=False, scale=8, autofocus=True, elem_id='box')
         send, stop = gr.Button('Send', variant='primary', min_width=80, elem_id='send'), gr.Button('Stop', variant='stop', min_width=80, visible=False, elem_id='stop')
@@ -247,6 +248,7 @@ def describe(source: str, meta: dict, model: Any, tag: str | None = None) -> str
     tag = tag or meta.get('tag') or meta.get('model_tag') or f"d{model.config.n_layer}"
     return f"{source} · {tag} · step {meta.get('step', '?')} · {human(count)} parameters · {model.get_device()}"
 
+# %% ../nbs/17_demo.ipynb #50e4fbf5
 def load_engine(source: str = 'sft', device: str | None = None, model_tag: str | None = None, step: int | None = None) -> tuple[Engine, str]:
     "An engine for a trained model (base, mid, sft, rl) and the line that describes it. Raises `UserError` when there is none."
     model, tokenizer, meta = load_model(source, detect_device(device), 'eval', model_tag=model_tag, step=step)

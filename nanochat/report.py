@@ -117,6 +117,7 @@ def _bounds(plot: Plot) -> tuple[float, float, float, float]:
     air = (hi - lo or abs(hi) or 1.0) * 0.06
     return min(xs), max(xs), (0.0 if 0 <= lo < (hi - lo) * 0.2 else lo - air), hi + air
 
+# %% ../nbs/15_report.ipynb #be788065
 def _axes(x0: float, x1: float, y0: float, y1: float) -> list[str]:
     "Grid lines and tick labels."
     X, Y = _scale(x0, x1, LEFT, W - RIGHT), _scale(y0, y1, H - BOTTOM, TOP)
@@ -136,6 +137,7 @@ def _curve(s: Series, color: int, X, Y) -> str:
     dots = '' if len(s.x) > 30 else ''.join(f'<circle {kind} cx="{X(x):.1f}" cy="{Y(y):.1f}" r="2.5"><title>{html.escape(s.name)}: {y:.5g} at {x:g}</title></circle>' for x, y in zip(s.x, s.y))
     return f'<polyline {kind} points="{points}"/>{dots}'
 
+# %% ../nbs/15_report.ipynb #926d8558
 def legend(plot: Plot) -> dict[str, int]:
     "The colour, 0 to 3, of each curve that has points, by name."
     return {name: i % 4 for i, name in enumerate(dict.fromkeys(s.name for s in plot.curves if len(s.x)))}
@@ -196,6 +198,7 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
     samples: list[tuple[str, str]] = field(default_factory=list)
 
+# %% ../nbs/15_report.ipynb #8f7eff63
 @dataclass
 class Report:
     "The whole page: a headline, a few figures to remember as (label, value, remark), and sections."
@@ -216,12 +219,14 @@ def facts(result: dict) -> Table:
     plain = {k: v for k, v in result.items() if k not in HIDDEN and not isinstance(v, (dict, list)) and not re.search('_(before|after)$', k)}
     return Table(['', ''], [[words(k), show(k, v)] for k, v in plain.items()])
 
+# %% ../nbs/15_report.ipynb #5b731e2c
 def before_after(result: dict) -> list[Table]:
     "Values that exist as `x_before` and `x_after`, side by side."
     names = dict.fromkeys(re.sub('_(before|after)$', '', k) for k in result if re.search('_(before|after)$', k))
     rows = [[words(n), show(n, result.get(f'{n}_before')), show(n, result.get(f'{n}_after'))] for n in names]
     return [Table(['', 'before', 'after'], rows)] if rows else []
 
+# %% ../nbs/15_report.ipynb #81a2d5d6
 def table_of(rows: list[dict] | dict[str, Any], caption: str = '') -> Table:
     "A list of dicts, or a dict of dicts or of values, as a table with one column per key."
     if isinstance(rows, dict):
@@ -264,6 +269,7 @@ def find_run(base: Path, stage: str, result: dict) -> Path | None:
     match = [p for p in runs if p.name == named]
     return match[0] if match else max(runs, key=lambda p: ((p/'metrics.jsonl').stat().st_mtime_ns, p.name), default=None)
 
+# %% ../nbs/15_report.ipynb #351c63c5
 def _read_json(path: Path) -> dict:
     "A JSON object from a file; empty when it is absent, torn or something else."
     try: value = json.loads(path.read_text(encoding='utf8'))
@@ -290,6 +296,7 @@ def loss_plots(rows: list[dict], lines: dict[str, float]) -> list[Plot]:
             Plot('held-out text (bits per byte)', [series(rows, 'model', 'val_bpb')], lines),
             Plot('held-out conversations (nats per token)', [series(rows, 'loss', 'val_loss')])]
 
+# %% ../nbs/15_report.ipynb #0983f120
 def reward_plots(rows: list[dict]) -> list[Plot]:
     "What reinforcement learning improves: the reward of the answers it samples, and of held-out questions."
     held_out = [series(rows, 'held-out, temperature 0', 'eval_reward'), series(rows, 'held-out, sampled', 'sampled_reward')]
@@ -315,6 +322,7 @@ def samples_of(result: dict) -> list[tuple[str, str]]:
         pairs.append((f'sample {i}', prompt + text))
     return pairs
 
+# %% ../nbs/15_report.ipynb #32baecf7
 def stage_section(stage: Stage, lines: dict[str, float]) -> Section:
     "All that is known about one stage, or a sentence that it is missing."
     section = Section(TITLES[stage.name], plots=stage_plots(stage, lines), samples=samples_of(stage.result))
@@ -350,6 +358,7 @@ def show_score(score: dict[str, Any]) -> str:
     q = (n * p + 1) / (n + 2)
     return f"{show('accuracy', p)} ± {100 * math.sqrt(q * (1 - q) / (n + 2)):.1f}"
 
+# %% ../nbs/15_report.ipynb #3c2ed7a6
 def score_section(stage: Stage, tag: str | None = None) -> Section:
     "Task scores of every evaluated checkpoint beside chance level. A run named otherwise than `tag` is named in its column."
     section, columns = Section(TITLES['chat_eval']), by_source(stage.results)
@@ -376,6 +385,7 @@ def total_seconds(stages: dict[str, Stage]) -> float:
         total += sum(r['seconds'] for r in rows if _number(r.get('seconds')))
     return total
 
+# %% ../nbs/15_report.ipynb #0baeb96e
 def time_section(stages: dict[str, Stage], price: float | None) -> Section:
     "When each stage ended and how long it took; cost where the price per hour is known."
     rows = []
@@ -389,7 +399,7 @@ def time_section(stages: dict[str, Stage], price: float | None) -> Section:
     rows.append(['total', '', show('seconds', total)] + ([f'{total / 3600 * price:.2f}'] if price else []))
     return Section('Time', tables=[Table(['stage', 'finished (UTC)', 'wall-clock'] + (['cost'] if price else []), rows)])
 
-# %% ../nbs/15_report.ipynb #1fc46a52
+# %% ../nbs/15_report.ipynb #7b62792a
 def headline(stages: dict[str, Stage]) -> tuple[str, str]:
     "Title and subtitle: the run's name; model, data and date as far as they are known."
     facts_ = {**stages['base_train'].config, **stages['base_train'].result}
@@ -401,6 +411,7 @@ def headline(stages: dict[str, Stage]) -> tuple[str, str]:
              f'finished {max(times)[:10]}' if times else '']
     return f'nanochat · {show("", tag)}', ', '.join(p for p in parts if p).replace(', of', ' of')
 
+# %% ../nbs/15_report.ipynb #07bf2421
 def key_figures(stages: dict[str, Stage], price: float | None) -> list[tuple[str, str, str]]:
     "What to remember: bpb against the 5-gram, mean task score after each stage, tokens, time, cost."
     ev, total, figures = stages['base_eval'].result, total_seconds(stages), []

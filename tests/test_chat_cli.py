@@ -1,5 +1,5 @@
 """The terminal chat as a process of its own, with a real (untrained) checkpoint: one prompt, a pipe, a terminal with Ctrl-C."""
-import os, pty, re, select, signal, socket, subprocess, sys, time
+import os, re, select, signal, socket, subprocess, sys, time
 
 import pytest
 import torch
@@ -76,33 +76,38 @@ def test_bad_input_is_one_sentence(checkpoint, capsys, flags, words):
     assert stop.value.code == 2 and words in err and err.count('\n') == 1 and out == ''
 
 
+SPAWN = 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'   # a fork of this process, with all its threads, could hang
+
+
 class Terminal:
     """A child on a pseudo-terminal, and what it has written."""
     def __init__(self, base, *flags):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0: os.execvpe(sys.executable, command(*flags), environment(base))
+        self.process = subprocess.Popen([sys.executable, '-c', SPAWN, *command(*flags)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(base))
         self.text = ''
 
-    def read_until(self, pattern, seconds=60):
+    def read_some(self):
+        if select.select([self.process.stdout], [], [], .1)[0]: self.text += os.read(self.process.stdout.fileno(), 4096).decode(errors='replace')
+
+    def read_until(self, pattern, seconds=120):
         end = time.monotonic() + seconds
         while not re.search(pattern, self.text):
-            assert time.monotonic() < end, f'no {pattern!r} in {self.text[-500:]!r}'
-            if select.select([self.fd], [], [], .1)[0]: self.text += os.read(self.fd, 4096).decode(errors='replace')
+            assert time.monotonic() < end and self.process.poll() is None, f'no {pattern!r} in {self.text[-500:]!r}'
+            self.read_some()
         seen, self.text = self.text, ''
         return seen
 
-    def type(self, text): os.write(self.fd, text.encode())
+    def type(self, text):
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
 
-    def wait(self, seconds=20):
+    def wait(self, seconds=60):
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if select.select([self.fd], [], [], .05)[0]:
-                try: self.text += os.read(self.fd, 4096).decode(errors='replace')
-                except OSError: pass
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid: return os.waitstatus_to_exitcode(status)
-        os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError(f'still running: {self.text[-300:]!r}')
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                self.process.kill()
+                raise AssertionError(f'still running: {self.text[-300:]!r}')
+            self.read_some()
+        return self.process.returncode
 
 
 def test_terminal_ctrl_c_stops_the_answer_not_the_program(checkpoint):
@@ -113,15 +118,15 @@ def test_terminal_ctrl_c_stops_the_answer_not_the_program(checkpoint):
     t.type('hello\r')
     t.read_until(r'hello\r\n(?s:.{20,})')          # it is answering
     t.type('\x03')
-    assert '(stopped)' in t.read_until(r'\n> $', 20)
+    assert '(stopped)' in t.read_until(r'\n> $', 30)
     t.type('\x03')                                  # at the prompt
-    assert 'Ctrl-C stops an answer' in t.read_until(r'\n> $', 20)
+    assert 'Ctrl-C stops an answer' in t.read_until(r'\n> $', 30)
     t.type('/clear\r')
-    t.read_until(r'\n> $', 20)
+    t.read_until(r'\n> $', 30)
     t.type('again\r')
     t.read_until(r'again\r\n(?s:.{5,})')
     t.type('\x03')
-    t.read_until(r'\n> $', 20)
+    t.read_until(r'\n> $', 30)
     t.type('\x04')
     assert t.wait() == 0
 

@@ -41,6 +41,7 @@ def harmless(text: str) -> str:
     "Text without control characters that a terminal would obey."
     return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
+# %% ../../nbs/scripts/08_chat_cli.ipynb #713c876e
 class Printer:
     "Prints an answer piece by piece; a tool call appears as `[12*7 = 84]`."
     def __init__(self, file: TextIO | None = None):
@@ -89,6 +90,7 @@ def lines(interactive: bool) -> Iterator[str]:
         except EOFError: return
         except KeyboardInterrupt: print(f'\n{HELP}')
 
+# %% ../../nbs/scripts/08_chat_cli.ipynb #b19175c0
 def chat(engine: Any, cfg: ChatConfig, interactive: bool) -> list[dict]:
     "Read questions and print answers until the input ends; returns the conversation."
     messages, printer = [], Printer()
