@@ -337,6 +337,17 @@ def test_from_base_to_mid_to_sft(pretrained):
     with pytest.raises(UserError, match='source mid there, base here'): sft.chat_sft(sft.ChatSFTConfig(**CHATS, source='base', num_iterations=4))
 
 
+def test_fine_tuning_starts_from_a_public_checkpoint(shared_data, base_directory, fp32):
+    """No optimizer state, no plan, the tokenizer as a pickle beside the run: what is missing follows from the size."""
+    (base_directory/'base_checkpoints').mkdir()
+    (base_directory/'base_checkpoints'/'d4').symlink_to(shared_data/'reference'/'base_checkpoints'/'d4')
+    (base_directory/'tokenizer').symlink_to(shared_data/'reference'/'tokenizer')
+    result = sft.chat_sft(sft.ChatSFTConfig(**CHATS, num_iterations=2, total_batch_size=1024))
+    run = run_dir('sft', 'd4')
+    assert result['tokens'] == 2048 and list_checkpoints(run) == [2] and (run/'tokenizer'/'tokenizer_config.json').exists()
+    assert load_checkpoint(run).meta['model_config']['n_kv_head'] == 2
+
+
 def test_base_eval_stands_beside_an_ngram(home, pretrained):
     result = be.base_eval(be.BaseEvalConfig(eval_tokens=1024))
     assert 1 < result['ngram_bpb'] < 8 and 1 < result['val_bpb'] < 8 and len(result['samples']) == len(bt.PROMPTS)
