@@ -62,24 +62,76 @@ def test_bf16_is_close_to_fp32():
     torch.testing.assert_close(y.float(), flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(64, 0)), atol=2e-2, rtol=2e-2)
 
 
-def test_work_and_memory_fall_with_the_window(monkeypatch):
-    """No call sees more than its blocks, and no mask is T x T: counted at the kernel."""
-    seen = []
-    kernel = F.scaled_dot_product_attention
+@pytest.mark.parametrize('backend', ['sdpa', 'blocked'])
+def test_work_falls_with_the_window(monkeypatch, backend):
+    """Query-key pairs that reach a kernel, counted; no mask is T x T."""
+    pairs, masks = [], []
+    sdpa, product = F.scaled_dot_product_attention, torch.baddbmm
 
-    def counting(q, k, v, attn_mask=None, **kw):
-        seen.append((q.shape[2] * k.shape[2], 0 if attn_mask is None else attn_mask.numel()))
-        return kernel(q, k, v, attn_mask=attn_mask, **kw)
+    def counting_sdpa(q, k, v, attn_mask=None, **kw):
+        pairs.append(q.shape[-2] * k.shape[-2])
+        if attn_mask is not None: masks.append(attn_mask.numel())
+        return sdpa(q, k, v, attn_mask=attn_mask, **kw)
 
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', counting)
-    T, scores = 2048, {}
+    def counting_product(bias, q, k, **kw):
+        pairs.append(q.shape[-2] * k.shape[-1])
+        masks.append(bias.numel())
+        return product(bias, q, k, **kw)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counting_sdpa)
+    monkeypatch.setattr(torch, 'baddbmm', counting_product)
+    T, count = 2048, {}
     for window in (128, 512):
-        seen.clear()
+        pairs.clear()
         q, k, v = random((1, T, 1, 8), (1, T, 1, 8), (1, T, 1, 8))
-        with torch.no_grad(): flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        scores[window] = sum(s for s, _ in seen) if seen else 0
-        assert max((m for _, m in seen), default=0) <= 2 * (window + 1) * (2 * window + 1)
-    assert scores[512] <= 0.5 * T * T and scores[128] <= 0.14 * T * T
+        with torch.no_grad(): fa.get_backend(torch.device('cpu'), backend).attention(q, k, v, causal=True, window_size=(window, 0))
+        count[window] = sum(pairs)
+    assert T * 128 < count[128] <= 0.14 * T * T and T * 512 < count[512] <= 0.5 * T * T
+    assert 0 < max(masks) <= 512 * 1024
+
+
+@pytest.mark.parametrize('backend', ['sdpa', 'blocked'])
+def test_no_tensor_grows_with_the_square_of_the_row(backend):
+    """Forward and backward of a windowed layer, every tensor that PyTorch makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = {}
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor): largest[T] = max(largest.get(T, 0), t.numel())
+            return out
+
+    for T in (1024, 2048):
+        q, k, v = (t.requires_grad_() for t in random((1, T, 1, 8), (1, T, 1, 8), (1, T, 1, 8)))
+        with Largest(): fa.get_backend(torch.device('cpu'), backend).attention(q, k, v, causal=True, window_size=(128, 0)).sum().backward()
+    assert largest[2048] <= 2 * largest[1024] and largest[2048] < 2048 * 2048 / 16
+
+
+@pytest.mark.parametrize('causal, window', [(True, (-1, -1)), (True, (100, 0)), (False, (70, 30)), (False, (-1, -1))])
+@pytest.mark.parametrize('keep', [0, 2**24])
+def test_blocked_gradients(monkeypatch, causal, window, keep):
+    """The hand-written backward pass with weights kept and computed again, against autograd through the dense form."""
+    monkeypatch.setattr(fa, 'KEEP_SCORES', keep)
+    T = 300
+    q, k, v = (t.requires_grad_() for t in random((2, T, 4, 16), (2, T, 2, 16), (2, T, 2, 16)))
+    up, = random((2, T, 4, 16), seed=1)
+    mask = fa.window_mask(torch.arange(T), torch.arange(T), *fa.window_limits(causal, window))
+    scores = torch.einsum('bqhd,bkhd->bhqk', q, k.repeat_interleave(2, 2)) / 4
+    dense = torch.einsum('bhqk,bkhd->bqhd', scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(2, 2))
+    ours = fa.blocked_attention(q, k, v, causal=causal, window_size=window)
+    torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad((ours * up).sum(), (q, k, v)), torch.autograd.grad((dense * up).sum(), (q, k, v))):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['sdpa', 'blocked'])
+def test_a_backend_can_be_named(monkeypatch, name):
+    monkeypatch.setenv('NANOCHAT_ATTENTION', name)
+    assert fa.get_backend(torch.device('cpu')).name == name
+    q, k, v = random((1, 150, 2, 8), (1, 150, 2, 8), (1, 150, 2, 8))
+    torch.testing.assert_close(flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(20, 0)).double(), brute(q, k, v, True, (20, 0)), atol=3e-6, rtol=1e-5)
 
 
 def test_rows_do_not_influence_each_other():

@@ -1,0 +1,57 @@
+"""The benchmark: its plain implementation is an independent check of the model; its command line works at tiny sizes."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.scripts import train_bench as tb
+
+TINY = ['--depth', '1', '--vocab-size', '300', '--sequence-len', '64', '--device-batch-size', '2', '--steps', '1']
+
+
+@pytest.mark.parametrize('pattern, T', [('SSSL', 200), ('L', 130), ('S', 300)])
+def test_plain_and_fast_agree_in_value_and_gradient(fp32, pattern, T):
+    model = tb.build(3, 300, 512, pattern, 'cpu')
+    with torch.no_grad(): model.smear_lambda.fill_(.5)
+    x, y = torch.randint(0, 300, (2, 2, T))
+    y[0, :9] = -1
+    names, params = zip(*model.named_parameters())
+    plain, ours = (f(x, y) for f in (lambda *b: tb.plain_loss(model, *b), model))
+    torch.testing.assert_close(plain, ours, atol=1e-5, rtol=1e-5)
+    for name, a, b in zip(names, torch.autograd.grad(plain, params), torch.autograd.grad(ours, params)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}')
+
+
+def test_bf16_gradients_are_close(monkeypatch):
+    monkeypatch.setenv('NANOCHAT_DTYPE', 'bfloat16')
+    model = tb.build(2, 300, 256, 'SL', 'cpu')
+    x, y = torch.randint(0, 300, (2, 4, 200))
+    params = [p for n, p in model.named_parameters() if p.dim() == 2 and 'gate' not in n]
+    for a, b in zip(*(torch.autograd.grad(f(x, y), params) for f in (lambda *t: tb.plain_loss(model, *t), model))):
+        assert (a.float() - b.float()).norm() < 0.03 * a.float().norm()
+
+
+def test_the_linear_scan_is_the_same_packing():
+    from nanochat.dataloader import best_fit_pack
+    lengths = torch.randint(1, 258, (900,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = list(best_fit_pack(lengths, 257, buffer_size=100, fetch_size=1))
+    scan = tb.linear_scan_pack(lengths, 257, buffer_size=100)
+    fill = lambda rows: [sorted(n for _, n in row) for row in rows]
+    assert len(scan) > 100 and fill(ours)[:len(scan)] == fill(scan)
+
+
+def test_command_line(tmp_path):
+    out = subprocess.run([sys.executable, '-m', 'nanochat.scripts.train_bench', *TINY, '--no-packing'], capture_output=True, text=True, cwd=tmp_path,
+                         env=os.environ | {'NANOCHAT_BASE_DIR': str(tmp_path), 'OMP_NUM_THREADS': '1'})
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout.splitlines()[-1])
+    assert set(result['tokens_per_s']) == {'ours', 'plain fp32'} and result['ratio'] > 0 and result['packing'] is None
+    assert all(0 < s < 120 for s in result['first_step_s'].values()) and all(b > 5e7 for b in result['peak_bytes'].values())
+
+
+def test_bad_sizes_are_a_sentence():
+    with pytest.raises(UserError, match='at least 1'): tb.train_bench(tb.TrainBenchConfig(depth=0))
