@@ -104,6 +104,7 @@ def letter_ids(tokenizer: Any, letters: list[str]) -> list[int]:
         if len(t) != 1: raise UserError(f"the choice '{letter}' is {len(t)} tokens; multiple choice needs letters of one token each")
     return [t[0] for t in ids]
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #4d493e34
 def evaluate_task_categorical(task: Task, engine: Engine, *, max_problems: int | None = None, batch_size: int = 64, bar: Progress | None = None) -> list[dict[str, Any]]:
     "A record per item, by index: of `conversation['letters']` the one with the largest logit after the prompt is the answer. All ranks get all records."
     tok, model, records, mine = engine.tokenizer, engine.inference_model(), [], chosen(task, max_problems)

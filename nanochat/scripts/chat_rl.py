@@ -51,6 +51,7 @@ def questions_of(step: int, per_step: int, n: int, seed: int) -> list[int]:
     "Indices of the questions asked at a step: pass after pass over all n, each in another order."
     return [permutation(n, seed, k // n)[k % n] for k in range(step * per_step, (step + 1) * per_step)]
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #7b706f7e
 def subseed(seed: int, n: int) -> int:
     "A seed of its own for the n-th thing that `seed` rules, n below a million."
     return seed * 1_000_003 + n
@@ -76,6 +77,7 @@ def padded(rollouts: list[Rollout], device: torch.device) -> tuple[Tensor, Tenso
     y = torch.tensor([[i if m else -1 for i, m in zip(r.ids[1:], r.mask[1:])] + [-1] * (T + 1 - len(r.ids)) for r in rollouts])
     return x.to(device), y.to(device), torch.tensor([[r.advantage] for r in rollouts], device=device)
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #361c0597
 def policy_gradient(model: torch.nn.Module, rollouts: list[Rollout], tokens: float, batch_size: int) -> float:
     "Add the gradient of `-sum(advantage * log p) / tokens` over all chosen tokens, `batch_size` answers at a time; returns that sum."
     useful = sorted((r for r in rollouts if abs(r.advantage) > 1e-9), key=lambda r: len(r.ids))
@@ -212,6 +214,7 @@ def one_update(r: RLRun, step: int, seconds: float) -> tuple[float, float]:
     if ranks.is_main: append_jsonl(r.run/'metrics.jsonl', dict(step=step + 1) | line)
     return line['reward'], seconds + spent
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #289a0045
 def due(step: int, cfg: ChatRLConfig) -> bool:
     "Whether held-out questions are asked after this many updates."
     return step in (0, cfg.num_iterations) or (cfg.eval_every > 0 and step % cfg.eval_every == 0)
@@ -246,6 +249,7 @@ def deciding(cfg: ChatRLConfig, parent: dict[str, Any]) -> dict[str, Any]:
     weights = parent.get('files', {}).get('model.safetensors', {}).get('sha256')
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in apart} | dict(start_step=parent['step'], start_weights=weights)
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #e9354594
 def prepare(cfg: ChatRLConfig, device: torch.device, tag: str) -> tuple[RLRun, bool]:
     "Load the model, open or settle the run; whether it is finished already."
     model, tokenizer, parent = load_model(cfg.source, device, 'train', tag, cfg.step)
@@ -258,6 +262,7 @@ def prepare(cfg: ChatRLConfig, device: torch.device, tag: str) -> tuple[RLRun, b
     tasks = make_task(cfg.task, 'train', cfg.train_size), make_task(cfg.task, 'test', cfg.eval_problems)
     return RLRun(cfg, run, model, optimizer, Engine(model, tokenizer), *tasks, meta), stored is not None and finished(run) is not None
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #342b2d62
 def summary(r: RLRun, seconds: float) -> dict[str, Any]:
     "What the run achieved, from its metrics: held-out reward, accuracy and pass@k before and after."
     evals = {row['step']: row for row in read_jsonl(r.run/'metrics.jsonl') if 'eval_reward' in row}
