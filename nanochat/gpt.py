@@ -95,6 +95,7 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int): super().__init__(n_in, n_out, bias=False)
     def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight.to(x.dtype))
 
+# %% ../nbs/06_gpt.ipynb #a6cc5228
 def linear_together(x: Tensor, *layers: Linear) -> list[Tensor]:
     "The layers' outputs for one input. In training as one product: one larger matrix is faster, and so is its gradient."
     if not (by_hand(x) and x.requires_grad): return [f(x) for f in layers]
