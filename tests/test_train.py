@@ -365,6 +365,7 @@ def test_a_budget_of_minutes_becomes_a_number_of_steps_that_stays(home, monkeypa
     (run/'result.json').unlink()  # as if it had been killed at the very end
     monkeypatch.setattr(bt, 'within_minutes', lambda *a: pytest.fail('measured again'))
     assert bt.base_train(cfg)['num_iterations'] == steps
+    assert bt.base_train(dataclasses.replace(cfg, num_iterations=2, model_tag='steps-count'))['num_iterations'] == 2
 
 
 def test_same_command_again_is_skipped_and_another_is_refused(home):

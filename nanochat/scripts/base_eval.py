@@ -92,7 +92,7 @@ def base_eval(cfg: BaseEvalConfig) -> dict[str, Any]:
     if cfg.eval_tokens < 1 or cfg.device_batch_size < 1: raise UserError('eval_tokens and device_batch_size must be at least 1')
     start, device = time.perf_counter(), detect_device(cfg.device or None)
     with distributed(device) as ranks:
-        corpus, tag = open_corpus(cfg.corpus), cfg.model_tag or newest_tag(cfg.source)
+        tag, corpus = cfg.model_tag or newest_tag(cfg.source), open_corpus(cfg.corpus)
         model, tokenizer, meta = load_model(cfg.source, device, 'eval', tag, cfg.step)
         mark = mark_of(cfg, meta, corpus)
         done = earlier(mark, cfg, meta)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCIDENTAL', 'LENGTHS', 'PROMPTS', 'BaseTrainConfig', 'default_preset', 'resolve', 'Setup', 'make_plan', 'identity',
            'stored_settings', 'prepare', 'build', 'training_loader', 'validation_bpb', 'samples', 'evaluation',
-           'within_minutes', 'job_for', 'summary', 'describe', 'base_train', 'main']
+           'by_the_clock', 'within_minutes', 'job_for', 'summary', 'describe', 'base_train', 'main']
 
 # %% ../../nbs/scripts/02_base_train.ipynb #52212d47
 import dataclasses, json, math, time
@@ -168,6 +168,10 @@ def evaluation(model: GPT, setup: Setup) -> dict[str, float]:
                                        tokens=cfg.eval_tokens, ranks=setup.ranks, long_documents=cfg.long_documents))
 
 # %% ../../nbs/scripts/02_base_train.ipynb #acffb38a
+def by_the_clock(cfg: BaseTrainConfig) -> bool:
+    "Whether minutes decide the length: only if nothing else does."
+    return all(getattr(cfg, k) is None for k in LENGTHS[:-1]) and cfg.minutes is not None
+
 def within_minutes(setup: Setup, start: float) -> TrainPlan:
     "The plan whose run ends `cfg.minutes` after `start` (`time.perf_counter()`), by a rehearsal on a model that is then thrown away."
     model, optimizer = build(setup)
@@ -212,7 +216,7 @@ def base_train(cfg: BaseTrainConfig) -> dict[str, Any]:
         if done:
             print0(f'{setup.run.name} is complete with these settings: {setup.run}')
             return done | dict(skipped=True)
-        if setup.cfg.minutes and not setup.stored: setup.plan = within_minutes(setup, start)
+        if by_the_clock(setup.cfg) and not setup.stored: setup.plan = within_minutes(setup, start)
         print0(describe(setup))
         job = job_for(setup)
         trained = run_job(job, 'pretraining', compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)

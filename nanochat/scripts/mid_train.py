@@ -246,7 +246,7 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
         if done:
             print0(f'{setup.run.name} is complete with these settings: {setup.run}')
             return done | dict(skipped=True)
-        if cfg.minutes and not setup.stored: setup.plan = within_minutes(setup, start)
+        if setup.cfg.minutes and setup.cfg.num_iterations is None and not setup.stored: setup.plan = within_minutes(setup, start)
         print0(f'{setup.run.name}: {len(setup.task)} conversations, {human(setup.plan.tokens)} tokens, loss on {stage.loss_on} tokens, from the {cfg.source} model')
         job = job_for(setup)
         trained = run_job(job, stage.verb, compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)
