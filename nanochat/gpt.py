@@ -292,12 +292,15 @@ class _SoftcappedLoss(torch.autograd.Function):
         factor = grad / ctx.count
         return dx * (2 * SOFTCAP * factor).to(dx.dtype), dw * (4 * factor), None, None, None, None
 
-# %% ../nbs/06_gpt.ipynb #0eb9c03d
+# %% ../nbs/06_gpt.ipynb #483d6e3f
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = 'mean', rows: int | None = None) -> Tensor:
     "`plain_loss` without ever holding all logits: x `(..., C)`, weight `(V, C)`, targets `(...)`, -1 ignored; `rows` positions at a time."
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if rows is None: rows = 2**27 // len(weight) if x.is_cuda else max(256, 2**21 // len(weight))  # 2M logits, 8 MB in fp32, stay near a CPU's cache
-    return _SoftcappedLoss.apply(x, weight, targets, vocab_size, reduction, rows)
+    counted = None if x.is_cuda else (targets >= 0).nonzero().squeeze(1)  # a GPU would have to wait for their number
+    if counted is None or len(counted) > 0.9 * len(x): return _SoftcappedLoss.apply(x, weight, targets, vocab_size, reduction, rows)
+    loss = _SoftcappedLoss.apply(x.index_select(0, counted), weight, targets[counted], vocab_size, reduction, rows)
+    return loss if reduction != 'none' else loss.new_zeros(len(x)).index_add(0, counted, loss)
 
 # %% ../nbs/06_gpt.ipynb #754e5092
 class _Mix(torch.autograd.Function):
