@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
            'load_results', 'merge_steps', 'Series', 'series', 'smooth', 'thin', 'nice_ticks', 'Plot', 'tick', 'legend',
-           'svg', 'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts', 'before_after', 'table_of',
-           'nested_tables', 'Stage', 'find_run', 'load_stages', 'loss_plots', 'reward_plots', 'stage_plots',
-           'samples_of', 'stage_section', 'task_scores', 'by_source', 'show_score', 'score_section', 'total_seconds',
-           'time_section', 'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot',
-           'render_markdown', 'render_html', 'generate_report']
+           'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts',
+           'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run', 'load_stages', 'loss_plots',
+           'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source', 'show_score',
+           'across', 'score_bars', 'score_table', 'score_section', 'total_seconds', 'time_section', 'headline',
+           'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot', 'render_markdown', 'render_html',
+           'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
 import datetime, html, json, math, re
@@ -154,6 +155,31 @@ def svg(plot: Plot) -> str:
     body += [_curve(s, colors[s.name], X, Y) for s in sorted(curves, key=lambda s: not s.faint)]
     return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{html.escape(plot.title)}">{"".join(body)}</svg>'
 
+# %% ../nbs/15_report.ipynb #0323e1cb
+@dataclass(frozen=True)
+class Bars:
+    "Shares from 0 to 1 as bars: rows of (label, chance level or None, share by name)."
+    title: str
+    rows: Sequence[tuple[str, float | None, dict[str, float]]]
+
+    @property
+    def names(self) -> dict[str, int]:
+        "The colour, 0 to 3, of each name."
+        return {n: i % 4 for i, n in enumerate(dict.fromkeys(n for _, _, shares in self.rows for n in shares))}
+
+def bars_svg(bars: Bars) -> str:
+    "The bars as an SVG element that takes its colours from the page."
+    X, y, out = _scale(0, 1, 130, W - 44), 8, []
+    for label, chance, shares in bars.rows:
+        out.append(f'<text x="122" y="{y + 7.5 * len(shares) + 4:.1f}" text-anchor="end">{html.escape(label[:18])}</text>')
+        mark = f'<path class="mark" d="M{X(chance):.1f} {y - 4}V{y + 15 * len(shares)}"/>' if chance else ''
+        for name, v in shares.items():
+            out.append(f'<rect class="b{bars.names[name]}" x="{X(0):.1f}" y="{y}" width="{X(v) - X(0) + 1:.1f}" height="12" rx="2"/><text x="{X(v) + 6:.1f}" y="{y + 11}">{v:.0%}</text>')
+            y += 15
+        out.append(mark)
+        y += 12
+    return f'<svg viewBox="0 0 {W} {y}" role="img" aria-label="{html.escape(bars.title)}">{"".join(out)}</svg>'
+
 # %% ../nbs/15_report.ipynb #fc1ccbff
 def sparkline(y: Sequence[float], width: int = 48) -> str:
     "A curve as block characters, lowest to highest: '█▆▄▃▂▁'."
@@ -196,6 +222,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    bars: list[Bars] = field(default_factory=list)
     samples: list[tuple[str, str]] = field(default_factory=list)
 
 # %% ../nbs/15_report.ipynb #8f7eff63
@@ -359,6 +386,23 @@ def show_score(score: dict[str, Any]) -> str:
     return f"{show('accuracy', p)} ± {100 * math.sqrt(q * (1 - q) / (n + 2)):.1f}"
 
 # %% ../nbs/15_report.ipynb #3c2ed7a6
+def across(scores: dict[str, dict[str, dict]], task: str, key: str) -> Any:
+    "The first known value of `key` for a task over all checkpoints, or None."
+    return next((s[task][key] for s in scores.values() if task in s and s[task][key] is not None), None)
+
+def score_bars(scores: dict[str, dict[str, dict]]) -> Bars:
+    "Accuracies by task and checkpoint as bars."
+    tasks = dict.fromkeys(t for s in scores.values() for t in s)
+    share = lambda t: {f'after {name}': s[t]['accuracy'] for name, s in scores.items() if t in s and 0 <= (s[t]['accuracy'] or 0) <= 1 and s[t]['accuracy'] is not None}
+    return Bars('share answered correctly', [(words(t), across(scores, t, 'chance'), share(t)) for t in tasks if share(t)])
+
+def score_table(scores: dict[str, dict[str, dict]], remarks: dict[str, str]) -> Table:
+    "Accuracies with their errors beside chance; `remarks` are added to the checkpoints' names."
+    tasks = dict.fromkeys(t for s in scores.values() for t in s)
+    rows = [[words(t), show('chance', across(scores, t, 'chance')), *(show_score(s.get(t, {})) for s in scores.values()), show('n', across(scores, t, 'n'))] for t in tasks]
+    return Table(['task', 'chance', *(f'after {s}{remarks.get(s, "")}' for s in scores), 'questions'], rows, 'share of held-out questions answered correctly, temperature 0')
+
+# %% ../nbs/15_report.ipynb #77c8fd3d
 def score_section(stage: Stage, tag: str | None = None) -> Section:
     "Task scores of every evaluated checkpoint beside chance level. A run named otherwise than `tag` is named in its column."
     section, columns = Section(TITLES['chat_eval']), by_source(stage.results)
@@ -366,12 +410,9 @@ def score_section(stage: Stage, tag: str | None = None) -> Section:
         section.notes.append('Missing: chat_eval has not run.')
         return section
     scores = {source: task_scores(r) for source, r in columns.items()}
-    rows = []
-    for task in dict.fromkeys(t for s in scores.values() for t in s):
-        first = lambda key: next((s[task][key] for s in scores.values() if task in s and s[task][key] is not None), None)
-        rows.append([words(task), show('chance', first('chance'))] + [show_score(s.get(task, {})) for s in scores.values()] + [show('n', first('n'))])
-    other = {s: f" ({show('', t)})" if (t := r.get('model_tag')) and tag and t != tag else '' for s, r in columns.items()}
-    section.tables.append(Table(['task', 'chance', *(f'after {s}{other[s]}' for s in scores), 'questions'], rows, 'share of held-out questions answered correctly, temperature 0'))
+    other = {s: f" ({show('', t)})" for s, r in columns.items() if (t := r.get('model_tag')) and tag and t != tag}
+    section.tables.append(score_table(scores, other))
+    section.bars.append(score_bars(scores))
     for source, r in columns.items(): section.samples += [(f'{source}, {label}', text) for label, text in samples_of(r)]
     return section
 
@@ -484,10 +525,11 @@ p { margin: 6px 0; } .soft, caption, figcaption, .figures span { color: var(--so
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px 18px; margin: 10px 0 16px; } dl div { min-width: 0; } dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; color: var(--soft); font-size: .88rem; margin-top: 12px; } .k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color: var(--c3); }
 .scroll { overflow-x: auto; margin: 10px 0; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } caption { text-align: left; padding-bottom: 4px; }
-th, td { text-align: right; white-space: nowrap; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--rule); } th { font-weight: 600; } td:first-child, th:first-child { text-align: left; } caption { white-space: nowrap; } td:last-child { padding-right: 0; }
+th, td { text-align: right; white-space: nowrap; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--rule); } th { font-weight: 600; } td:first-child, th:first-child { text-align: left; } caption { white-space: nowrap; } td:last-child, th:last-child { padding-right: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; } figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 10px 2px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 13px system-ui, sans-serif; } .grid { stroke: var(--rule); } .line { stroke: var(--soft); stroke-dasharray: 5 4; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 13px system-ui, sans-serif; } .grid { stroke: var(--rule); } .line { stroke: var(--soft); stroke-dasharray: 5 4; } .mark { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 3 2; }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } polyline.faint { stroke-width: 1; opacity: .35; } circle.faint { display: none; }
+.b0 { fill: var(--c0); } .b1 { fill: var(--c1); } .b2 { fill: var(--c2); } .b3 { fill: var(--c3); }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); } circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: var(--c2); } circle.c3 { fill: var(--c3); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 12px; font: 13px/1.45 ui-monospace, monospace; margin: 4px 0 14px; }
 '''
@@ -505,7 +547,8 @@ PAGE = '''<!doctype html>
 {% for row in t.rows %}<tr>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% else %}<dl>{% for k, v in t.rows %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>
 {% endfor %}</dl>{% endif %}
-{% endfor %}{% if s.plots %}<div class="plots">{% for p in s.plots %}<figure><figcaption>{{ p.title }}{% if legend(p)|length > 1 %}: {% for name, c in legend(p).items() %}<span class="k{{ c }}">●</span> {{ name }} {% endfor %}{% endif %}</figcaption>{{ svg(p) }}</figure>
+{% endfor %}{% if s.plots or s.bars %}<div class="plots">{% for b in s.bars if b.rows %}<figure><figcaption>{{ b.title }}: {% for name, c in b.names.items() %}<span class="k{{ c }}">●</span> {{ name }} {% endfor %}(dashed: chance)</figcaption>{{ bars_svg(b) }}</figure>
+{% endfor %}{% for p in s.plots %}<figure><figcaption>{{ p.title }}{% if legend(p)|length > 1 %}: {% for name, c in legend(p).items() %}<span class="k{{ c }}">●</span> {{ name }} {% endfor %}{% endif %}</figcaption>{{ svg(p) }}</figure>
 {% endfor %}</div>{% endif %}{% if s.samples %}<details><summary>{{ s.samples|length }} sample{{ 's' if s.samples|length > 1 }} of what it writes</summary>
 {% for label, text in s.samples %}<p class="soft">{{ label }}</p><pre>{{ text }}</pre>
 {% endfor %}</details>{% endif %}{% endfor %}</body></html>
@@ -516,7 +559,7 @@ def render_html(report: Report) -> str:
     import jinja2
     from markupsafe import Markup
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return clean_text(env.from_string(PAGE).render(r=report, css=Markup(CSS), legend=legend, svg=lambda p: Markup(svg(p))))
+    return clean_text(env.from_string(PAGE).render(r=report, css=Markup(CSS), legend=legend, svg=lambda p: Markup(svg(p)), bars_svg=lambda b: Markup(bars_svg(b))))
 
 # %% ../nbs/15_report.ipynb #76540515
 def generate_report(base: Path | str | None = None, price_per_hour: float | None = None) -> Path:

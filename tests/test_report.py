@@ -65,7 +65,7 @@ def test_everything_is_in_both_files(tmp_path):
         assert word in page, word
         assert word.replace('_', r'\_') in text, word
     tags = Tags(page)
-    assert tags.tags.count('svg') == 4 + 4 + 1   # loss, bpb, rate, speed twice; reward
+    assert tags.tags.count('svg') == 4 + 4 + 1 + 1   # loss, bpb, rate, speed twice; reward; scores
     assert sum('▁' in line or '█' in line for line in text.splitlines()) == 10   # the reward plot has two curves
 
 
@@ -246,3 +246,25 @@ def test_in_a_real_browser(tmp_path):
         alerts = page.evaluate("document.querySelectorAll('script, img').length")
         browser.close()
     assert requests == [path.as_uri()] and not console and width <= 375 and boxes == 0 and alerts == 0
+
+
+def test_of_a_real_run(base_directory, tmp_path, capsys):
+    """Tokenizer, pretraining and evaluation at toy size, then the report of it: the keys the stages write are the keys it reads."""
+    from nanochat.scripts.base_eval import BaseEvalConfig, base_eval
+    from nanochat.scripts.base_train import BaseTrainConfig, base_train
+    from nanochat.scripts.report import ReportConfig, report
+    from nanochat.scripts.tok_train import TokTrainConfig, tok_train
+    text = tmp_path/'text'
+    text.mkdir()
+    for n in range(30): (text/f'{n}.txt').write_text(' '.join(f'line {i*n} of {n} says that {i} and {n} make {i + n}.' for i in range(40)))
+    tok_train(TokTrainConfig(corpus=str(text), vocab_size=300))
+    trained = base_train(BaseTrainConfig(corpus=str(text), depth=1, head_dim=16, aspect_ratio=32, sequence_len=64, num_iterations=12, device_batch_size=2, total_batch_size=128,
+                                         eval_tokens=512, device='cpu'))
+    evaluated = base_eval(BaseEvalConfig(corpus=str(text), eval_tokens=512, ngram_tokens=5000, device='cpu'))
+    path = report(ReportConfig(price_per_hour=1.))
+    page, stages = path.read_text(), load_stages(base_directory)
+    Tags(page)
+    assert page.count('<figure>') == 4 and f'{evaluated["val_bpb"]:.3f}' in page and f'5-gram: {evaluated["ngram_bpb"]:.3f}' in page
+    assert len(stages['base_train'].metrics) == 12 and stages['base_train'].seconds == pytest.approx(trained['seconds'], abs=.01)
+    assert stages['base_train'].environment['torch'] and 'nanochat · d1' in page and 'Missing: chat_sft has not run' in page
+    assert str(tmp_path) not in page
