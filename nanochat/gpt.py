@@ -115,6 +115,11 @@ def has_ve(layer: int, n_layer: int) -> bool:
     "Whether a layer has a value embedding: every second one, the last included."
     return layer % 2 == (n_layer - 1) % 2
 
+# %% ../nbs/06_gpt.ipynb #8081dd9a
+VE_CHANNELS, SMEAR_CHANNELS = 12, 24  # how many channels the gates read
+QK_SCALE, SOFTCAP = 1.2, 15.0
+ROTARY_REACH = 10                     # rotary tables for this many times sequence_len positions
+
 # %% ../nbs/06_gpt.ipynb #95313f68
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
     "`apply_rotary` for x `(B, H, T, D)`, contiguous, with cos and sin `(B or 1, 1, T, D / 2)`; sign -1 turns backwards."
@@ -139,8 +144,6 @@ class _RotateAndNorm(torch.autograd.Function):
         return norm_backward(dn, n, inv, QK_SCALE**2), None, None
 
 # %% ../nbs/06_gpt.ipynb #1cd3d869
-VE_CHANNELS, SMEAR_CHANNELS, QK_SCALE, SOFTCAP, ROTARY_REACH = 12, 24, 1.2, 15.0, 10
-
 def gated_values(v: Tensor, ve: Tensor, gate: Tensor) -> Tensor:
     "Values plus value embeddings: v, ve `(B, T, H_kv, D)`, gate `(B, T, H_kv)` before its sigmoid."
     return torch.addcmul(v, 3 * torch.sigmoid(gate).unsqueeze(-1), ve)
@@ -196,6 +199,7 @@ def relu2(x: Tensor) -> Tensor:
     "The square of a ReLU."
     return F.relu(x).square()
 
+# %% ../nbs/06_gpt.ipynb #398f040e
 class MLP(nn.Module):
     "Two linear layers, hidden size 4C, with a squared ReLU between."
     def __init__(self, config: GPTConfig):
@@ -207,6 +211,7 @@ class MLP(nn.Module):
         if by_hand(x): return _MLP.apply(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(relu2(self.c_fc(x)))
 
+# %% ../nbs/06_gpt.ipynb #a2ea7a1b
 class Block(nn.Module):
     "Attention, then MLP, each reading a normed copy of the residual stream and adding to it."
     def __init__(self, config: GPTConfig, layer: int):
@@ -325,6 +330,7 @@ def pad_to(n: int, multiple: int) -> int:
     "n rounded up to a multiple."
     return -(-n // multiple) * multiple
 
+# %% ../nbs/06_gpt.ipynb #3fbb9a1b
 class GPT(nn.Module):
     "The language model. Built on the meta device: call `to_empty(device=)`, then `init_weights()`."
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
