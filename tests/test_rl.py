@@ -205,6 +205,26 @@ def test_resume_is_exact(vowels, monkeypatch):
     assert [{k: v for k, v in r.items() if 'seconds' not in k and k not in ('tok_per_sec', 'memory')} for r in read_jsonl(run/'metrics.jsonl')] == lines
 
 
+def test_minutes_decide_the_length_once(vowels, monkeypatch):
+    """The number of updates is measured when the run begins and kept: the same command finds it, a crash changes nothing."""
+    monkeypatch.setattr(rl, 'iterations_for', lambda seconds, step_seconds, least=10: 3)
+    result = chat_rl(config(minutes=0.01))
+    assert result['num_iterations'] == 3 == list_checkpoints(run_dir('rl', 'd2'))[-1]
+    monkeypatch.setattr(rl, 'iterations_for', lambda *a: 1 / 0)
+    assert chat_rl(config(minutes=0.01)) == result
+    with pytest.raises(UserError, match='minutes'): chat_rl(config(minutes=0.02))
+    with pytest.raises(UserError, match='too short'): chat_rl(config(minutes=-1.0))
+
+
+def test_measuring_changes_nothing(vowels):
+    """A run whose length was measured is the run whose length was given."""
+    result = chat_rl(config(minutes=1e-6))
+    measured = load_checkpoint(run_dir('rl', 'd2')).model_state
+    assert result['num_iterations'] == 10, 'never fewer than ten'
+    chat_rl(config(num_iterations=10, fresh=True))
+    assert all(torch.equal(v, measured[k]) for k, v in load_checkpoint(run_dir('rl', 'd2')).model_state.items())
+
+
 @pytest.mark.parametrize('kw, word', [(dict(task='chess'), 'chess'), (dict(task='pydoc'), 'multiple choice'), (dict(num_samples=1), 'num-samples'), (dict(temperature=0.0), 'temperature'),
                                       (dict(num_iterations=0), 'at least 1'), (dict(source='other'), 'other')], ids=str)
 def test_bad_settings_are_refused(kw, word):

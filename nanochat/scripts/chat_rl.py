@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded', 'policy_gradient',
            'chosen_tokens', 'rl_step', 'rate_at', 'pass_at_k', 'evaluate_policy', 'ChatRLConfig', 'check_settings',
-           'RLRun', 'one_update', 'due', 'evaluated', 'improve', 'deciding', 'prepare', 'summary', 'chat_rl', 'main']
+           'RLRun', 'one_update', 'due', 'evaluated', 'improve', 'deciding', 'optimizer_of', 'updates_within',
+           'prepare', 'summary', 'chat_rl', 'main']
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #05953b87
 import dataclasses, functools, json, math, random, time
@@ -22,7 +23,7 @@ from ..engine import Engine
 from ..report import log_result
 from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task
 from ..tasks.common import Task
-from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, resume, sum_gradients, trim_metrics
+from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, iterations_for, resume, sum_gradients, trim_metrics
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #69d15ff0
 @dataclass(slots=True)
@@ -139,6 +140,7 @@ class ChatRLConfig:
     model_tag: str | None = None  # its run; the deepest if left out. The new run gets the same name
     step: int | None = None  # which of its checkpoints; the newest if left out
     num_iterations: int = 60  # updates
+    minutes: float | None = None  # or as many updates as fit into so many minutes, evaluations included
     examples_per_step: int = 8  # questions per update, over all ranks
     num_samples: int = 16  # answers per question
     max_new_tokens: int | None = None  # longest answer; the task knows a good value
@@ -165,6 +167,7 @@ def check_settings(cfg: ChatRLConfig, world_size: int = 1) -> None:
     "Raise `UserError` for settings that cannot work, before any work begins."
     if cfg.task not in TASKS: raise UserError(f"there is no task '{cfg.task}'; use one of: {', '.join(TASKS)}")
     if TASKS[cfg.task].chance: raise UserError(f"'{cfg.task}' is multiple choice, which is not sampled; use one of: {', '.join(n for n, s in TASKS.items() if not s.chance)}")
+    if cfg.minutes is not None and not cfg.minutes > 0: raise UserError(f'{cfg.minutes:g} minutes is too short; give --minutes 1 or more')
     if cfg.num_samples < 2: raise UserError('one answer per question has no siblings to be better than; give --num-samples 2 or more')
     if cfg.temperature <= 0: raise UserError('at temperature 0 all answers to a question are the same; give --temperature 1.0')
     if min(cfg.num_iterations, cfg.examples_per_step, cfg.device_batch_size, cfg.rollout_batch_size, cfg.eval_problems) < 1: raise UserError('iterations, examples, batch sizes and evaluation problems must be at least 1')
@@ -245,44 +248,65 @@ def improve(r: RLRun) -> float:
 # %% ../../nbs/scripts/06_chat_rl.ipynb #51a2759a
 def deciding(cfg: ChatRLConfig, parent: dict[str, Any]) -> dict[str, Any]:
     "The settings that decide a run's result, and the weights it starts from."
-    apart = ('device', 'resume', 'fresh', 'model_tag', 'step')
+    apart = ('device', 'resume', 'fresh', 'model_tag', 'step', *(['num_iterations'] if cfg.minutes else []))
     weights = parent.get('files', {}).get('model.safetensors', {}).get('sha256')
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in apart} | dict(start_step=parent['step'], start_weights=weights)
 
-# %% ../../nbs/scripts/06_chat_rl.ipynb #e9354594
-def prepare(cfg: ChatRLConfig, device: torch.device, tag: str) -> tuple[RLRun, bool]:
+# %% ../../nbs/scripts/06_chat_rl.ipynb #342b2d62
+def optimizer_of(model: torch.nn.Module, cfg: ChatRLConfig) -> torch.optim.Optimizer:
+    "A new optimizer with the configured rates and no weight decay."
+    return model.setup_optimizer(cfg.unembedding_lr, cfg.embedding_lr, cfg.matrix_lr, 0.0, cfg.scalar_lr)
+
+def updates_within(r: RLRun, start: float) -> int:
+    "How many updates end `cfg.minutes` after `start` (`time.perf_counter()`), at least 10."
+    cfg, ranks, mine = r.cfg, get_ranks(), questions_of(0, r.cfg.examples_per_step, len(r.train_task), r.cfg.seed)
+    for _ in range(2):
+        t0 = time.perf_counter()
+        rollouts = roll_out(r.engine, r.train_task, mine[ranks.rank::ranks.world_size], 0, num_samples=cfg.num_samples, **r.sampling)
+        drawn = time.perf_counter() - t0
+        rl_step(r.model, r.optimizer, rollouts, 0.0, cfg.device_batch_size, 0)
+        update = time.perf_counter() - t0
+    r.optimizer = optimizer_of(r.model, cfg)
+    answers = cfg.eval_problems * (1 + cfg.eval_samples)
+    evaluation = drawn * answers / (cfg.examples_per_step * cfg.num_samples)
+    return iterations_for(cfg.minutes * 60 - (time.perf_counter() - start) - 2 * evaluation, update)
+
+# %% ../../nbs/scripts/06_chat_rl.ipynb #6020d324
+def prepare(cfg: ChatRLConfig, device: torch.device, tag: str, start: float) -> tuple[RLRun, bool]:
     "Load the model, open or settle the run; whether it is finished already."
     model, tokenizer, parent = load_model(cfg.source, device, 'train', tag, cfg.step)
     run, wanted = run_dir('rl', tag), deciding(cfg, parent)
     stored = settle_run(run, wanted, cfg.resume, cfg.fresh)
     if stored is not None: cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(cfg) if f.name in stored})
-    else: init_run(run, wanted, tokenizer, device)
-    optimizer = model.setup_optimizer(cfg.unembedding_lr, cfg.embedding_lr, cfg.matrix_lr, 0.0, cfg.scalar_lr)
     meta = dict(task=cfg.task, parent=f"{cfg.source}/{tag}", parent_step=parent['step'])
     tasks = make_task(cfg.task, 'train', cfg.train_size), make_task(cfg.task, 'test', cfg.eval_problems)
-    return RLRun(cfg, run, model, optimizer, Engine(model, tokenizer), *tasks, meta), stored is not None and finished(run) is not None
+    r = RLRun(cfg, run, model, optimizer_of(model, cfg), Engine(model, tokenizer), *tasks, meta)
+    if stored is not None: return r, finished(run) is not None
+    if cfg.minutes: r.cfg = dataclasses.replace(cfg, num_iterations=updates_within(r, start))
+    init_run(run, wanted | dict(num_iterations=r.cfg.num_iterations), tokenizer, device)
+    return r, False
 
-# %% ../../nbs/scripts/06_chat_rl.ipynb #342b2d62
-def summary(r: RLRun, seconds: float) -> dict[str, Any]:
+# %% ../../nbs/scripts/06_chat_rl.ipynb #a0f87a24
+def summary(r: RLRun, update_seconds: float) -> dict[str, Any]:
     "What the run achieved, from its metrics: held-out reward, accuracy and pass@k before and after."
     evals = {row['step']: row for row in read_jsonl(r.run/'metrics.jsonl') if 'eval_reward' in row}
     before, after = evals[min(evals)], evals[max(evals)]
     pairs = {f"{key.removeprefix('eval_')}_{when}": row[key] for key in before if key != 'step' for when, row in (('before', before), ('after', after))}
     return dict(model_tag=r.run.name, task=r.cfg.task, num_iterations=r.cfg.num_iterations, answers=r.cfg.num_iterations * r.cfg.examples_per_step * r.cfg.num_samples,
-                questions=r.cfg.eval_problems, **pairs, seconds=round(seconds, 2))
+                questions=r.cfg.eval_problems, **pairs, update_seconds=round(update_seconds, 2))
 
-# %% ../../nbs/scripts/06_chat_rl.ipynb #958b849a
+# %% ../../nbs/scripts/06_chat_rl.ipynb #75e5c38f
 def chat_rl(cfg: ChatRLConfig) -> dict[str, Any]:
     "Run the stage, or find it finished; returns held-out reward, accuracy and pass@k before and after. Checkpoints and metrics go to the run directory."
     check_settings(cfg, get_ranks().world_size)
-    device = detect_device(cfg.device)
+    device, start = detect_device(cfg.device), time.perf_counter()
     with distributed(device):
-        r, done = prepare(cfg, device, cfg.model_tag or newest_tag(cfg.source))
+        r, done = prepare(cfg, device, cfg.model_tag or newest_tag(cfg.source), start)
         if done:
             print0(f'chat_rl: {r.run} is finished; --fresh begins again')
             return finished(r.run)
         print0(f'chat_rl: {r.cfg.num_iterations} updates on {r.cfg.task}, {r.cfg.examples_per_step} questions x {r.cfg.num_samples} answers each; metrics and checkpoints go to {r.run}')
-        result = summary(r, improve(r))
+        result = summary(r, improve(r)) | dict(seconds=round(time.perf_counter() - start, 2))
         if get_ranks().is_main:
             log_result('chat_rl', result)
             atomic_write(r.run/'result.json', json.dumps(result, indent=1))
