@@ -101,6 +101,7 @@ def chat(engine: Any, cfg: ChatConfig, interactive: bool) -> list[dict]:
         elif text.strip():
             try: messages, stopped = answer_in_terminal(engine, with_question(messages, text, cfg.system), cfg.sampling, printer)
             except UserError as e: print(e)
+            except KeyboardInterrupt: print('(stopped)')  # it came just after the last token
             else:
                 if stopped: print('(stopped)')
     return messages
