@@ -354,7 +354,7 @@ class Engine:
     A row's random numbers come from its request's seed and its sample number alone: the same seed gives the same tokens whatever
     else is in the batch, up to the last bits of the arithmetic (matrix products of another shape round differently)."""
     def __init__(self, model: Any, tokenizer: Any):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = getattr(model, '_orig_mod', model), tokenizer  # a compiled model would compile anew for every batch size
         self._fast, self._version = None, None
 
     def inference_model(self) -> Any:

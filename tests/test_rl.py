@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change():
     with torch.no_grad(): model.x0_lambdas[0] = math.nan
     before = model.lm_head.weight.clone()
     with pytest.raises(UserError, match='nan'):
-        rl_step(model, model.setup_optimizer(), with_advantages([Rollout([1, 2], [0, 1], x) for x in (0.0, 1.0)], 2), 1.0, 8, 0)
+        rl_step(model, model.setup_optimizer(), with_advantages([Rollout([1, 2 + int(x)], [0, 1], x) for x in (0.0, 1.0)], 2), 1.0, 8, 0)
     assert torch.equal(model.lm_head.weight, before)
 
 
