@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Config', 'UserError', 'available_devices', 'detect_device', 'cpu_has_bf16', 'compute_dtype', 'Ranks',
            'get_ranks', 'print0', 'distributed', 'base_dir', 'fsync_path', 'temporary_name', 'atomic_file',
-           'atomic_write', 'atomic_dir', 'require_space', 'sha256_file', 'human', 'human_time', 'append_jsonl',
-           'read_jsonl', 'Progress', 'git_commit', 'peak_memory_bytes', 'cpu_name', 'environment', 'load_config',
-           'parse_config', 'cli']
+           'atomic_write', 'exchange', 'atomic_dir', 'require_space', 'sha256_file', 'human', 'human_time',
+           'json_clean', 'append_jsonl', 'read_jsonl', 'Progress', 'git_commit', 'peak_memory_bytes', 'cpu_name',
+           'environment', 'fits', 'load_config', 'parse_config', 'cli']
 
 # %% ../nbs/00_common.ipynb #19be7557
-import contextlib, dataclasses, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time, tomllib
+import contextlib, dataclasses, hashlib, json, math, os, platform, shutil, subprocess, sys, tempfile, time, tomllib, types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,17 +137,30 @@ def atomic_write(path: Path | str, data: str | bytes) -> None:
         tmp.write_bytes(data.encode('utf8') if isinstance(data, str) else data)
 
 # %% ../nbs/00_common.ipynb #6e4c3545
+def exchange(a: Path, b: Path) -> bool:
+    "Swap two names of one file system in a single atomic step. False, and nothing changed, where the system cannot (Windows, some network disks)."
+    import ctypes
+    if sys.platform not in ('linux', 'darwin'): return False
+    libc, names = ctypes.CDLL(None), (os.fsencode(a), os.fsencode(b))
+    try: # RENAME_EXCHANGE and RENAME_SWAP are both 2; -100 is AT_FDCWD
+        return (libc.renameat2(-100, names[0], -100, names[1], 2) if sys.platform == 'linux' else libc.renamex_np(*names, 2)) == 0
+    except AttributeError: return False  # a C library from before 2018
+
+# %% ../nbs/00_common.ipynb #1b76b7a6
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    "Yield a temporary directory to fill. On success all of it is synced and renamed to `path`, replacing what was there; on error it is removed."
+    """Yield a temporary directory to fill. On success all of it is synced and renamed to `path`, replacing what was there; on error it is removed.
+
+    Where `exchange` fails, replacing takes two renames; a kill between them leaves both directories whole, under temporary names."""
     path = Path(path)
     tmp, old = temporary_name(path), temporary_name(path)
     try:
         tmp.mkdir(parents=True)
         yield tmp
         for p in [*tmp.rglob('*'), tmp]: fsync_path(p)
-        if path.exists(): os.replace(path, old)
-        os.replace(tmp, path)
+        if not (path.exists() and exchange(tmp, path)):
+            if path.exists(): os.replace(path, old)
+            os.replace(tmp, path)
         fsync_path(path.parent)
     except OSError as e: raise _disk_error(e, path) from e
     finally:
@@ -182,13 +195,18 @@ def human_time(seconds: float) -> str:
     return f'{m}m{s:02d}s' if m < 60 else f'{m//60}h{m%60:02d}m'
 
 # %% ../nbs/00_common.ipynb #2f88bce5
+def json_clean(x: Any) -> Any:
+    "`x` with every float that JSON cannot hold (nan, inf) replaced by None, at any depth."
+    if isinstance(x, float): return x if math.isfinite(x) else None
+    if isinstance(x, dict): return {k: json_clean(v) for k, v in x.items()}
+    return [json_clean(v) for v in x] if isinstance(x, (list, tuple)) else x
+
 def append_jsonl(path: Path | str, obj: dict) -> None:
-    "Append one JSON object as a line. Floats that JSON cannot hold (nan, inf) become null."
-    clean = {k: None if isinstance(v, float) and not (abs(v) < float('inf')) else v for k, v in obj.items()}
+    "Append one JSON object as a line of pure ASCII, so that no character of a text can end the line. Floats that JSON cannot hold become null."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+b') as f:
         if f.tell() and not _ends_with_newline(f): f.write(b'\n')  # a kill tore the last line: start a fresh one
-        f.write(json.dumps(clean, ensure_ascii=False, default=str).encode() + b'\n')
+        f.write(json.dumps(json_clean(obj), default=str).encode() + b'\n')
 
 def _ends_with_newline(f) -> bool:
     f.seek(-1, os.SEEK_END)
@@ -197,8 +215,8 @@ def _ends_with_newline(f) -> bool:
 def read_jsonl(path: Path | str) -> list[dict]:
     "All whole lines of a JSON-lines file; a line torn by a crash is left out. An absent file is an empty list."
     rows = []
-    for line in (Path(path).read_text(encoding='utf8', errors='replace').splitlines() if Path(path).exists() else []):
-        with contextlib.suppress(json.JSONDecodeError): rows.append(json.loads(line))
+    for line in (Path(path).read_bytes().split(b'\n') if Path(path).exists() else []):
+        with contextlib.suppress(ValueError): rows.append(json.loads(line))  # torn JSON, or torn UTF-8
     return rows
 
 # %% ../nbs/00_common.ipynb #7e6d7a76
@@ -298,14 +316,22 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 # %% ../nbs/00_common.ipynb #a7d3adc6
 Config = TypeVar('Config')
 
+def fits(value: Any, kind: Any) -> bool:
+    "Whether a TOML value may stand for a field of this type. An integer may stand for a float, nothing else is converted."
+    if isinstance(kind, types.UnionType): return any(fits(value, k) for k in kind.__args__)
+    if kind is float: return type(value) in (int, float)
+    return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
+
 def load_config(cls: type[Config], path: Path | str) -> Config:
-    "An instance of the dataclass `cls` with the values of a TOML file. Raises `UserError` for unknown names and unreadable files."
+    "An instance of the dataclass `cls` with the values of a TOML file. Raises `UserError` for unknown names, wrong types and unreadable files."
     try: values = tomllib.loads(Path(path).read_text(encoding='utf8'))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise UserError(f'cannot read the config file {path}: {e}') from e
     values = {k.replace('-', '_'): v for k, v in values.items()}
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
     unknown = [k for k in values if k not in known]
     if unknown: raise UserError(f"{path} sets {', '.join(unknown)}, which this stage does not have; it knows: {', '.join(known)}")
+    wrong = [f"{k} = {v!r}, which should be {getattr(known[k], '__name__', known[k])}" for k, v in values.items() if not fits(v, known[k])]
+    if wrong: raise UserError(f"{path} sets {'; '.join(wrong)}")
     return cls(**values)
 
 def parse_config(cls: type[Config], args: list[str] | None = None) -> Config:
