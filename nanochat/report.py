@@ -341,12 +341,13 @@ TITLES = dict(tok_train='Tokenizer', tok_eval='Tokenizer: compression', base_tra
               chat_sft='Supervised fine-tuning', chat_rl='Reinforcement learning', chat_eval='Task scores')
 
 def samples_of(result: dict) -> list[tuple[str, str]]:
-    "Pairs of (label, text) from a result's `samples`: strings, or dicts with a prompt and a completion."
+    "Pairs of (label, text) from a result's `samples`: strings, or dicts with a prompt and a completion, for marked ones also `task` and `correct`."
     pairs = []
     for i, s in enumerate(result.get('samples') or [], 1):
         if not isinstance(s, dict): s = {'completion': s}
         prompt, text = str(s.get('prompt', '')), str(s.get('completion', s.get('text', '')))
-        pairs.append((f'sample {i}', prompt + text))
+        mark = {True: ', right', False: ', wrong'}[bool(s['correct'])] if 'correct' in s else ''
+        pairs.append((f"{show('', s['task']) if 'task' in s else f'sample {i}'}{mark}", prompt + text))
     return pairs
 
 # %% ../nbs/15_report.ipynb #32baecf7

@@ -1,0 +1,143 @@
+"""Ranking whole answers by mean loss, the tasks that are ranked, and the samples that reach the report."""
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import init_run, run_dir, save_checkpoint
+from nanochat.common import read_jsonl
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.report import generate_report
+from nanochat.scripts.chat_eval import (TASKS, ChatEvalConfig, TaskSpec, accuracy, answers_to, chat_eval, evaluate_task, evaluate_task_ranked, make_task, mean_losses,
+                                        samples_from, score_line, targets_of, task_names)
+from nanochat.tasks.arithmetic import Arithmetic
+from nanochat.tasks.common import Task, assistant, completion_text, user
+from nanochat.tasks.pydoc import PyDoc
+from nanochat.tokenizer import RustBPETokenizer
+
+ANSWERS = ('no', 'a rather long answer', 'yes', 'sixpence')
+TOK = RustBPETokenizer.train_from_iterator(['Sing a song of sixpence, a pocket full of rye. What does it say? A rather long answer, yes or no.'], 300)
+
+
+class Sayings(Task):
+    """Four answers of very different lengths; the question's length differs too, so batches need padding."""
+    def num_examples(self): return 12
+    def get_example(self, i):
+        return {'messages': [user(f'What does it say?{"!" * (5 * i % 13)} {"abcd"[i % 4]}'), assistant(ANSWERS[i % 4])], 'choices': list(ANSWERS[i % 3:] + ANSWERS[:i % 3])}
+    def evaluate(self, conversation, completion): return int(completion == completion_text(conversation))
+
+
+@pytest.fixture(autouse=True)
+def exact(fp32): torch.manual_seed(0)
+
+
+def tiny():
+    """A model whose predictions differ from token to token: fresh ones are uniform."""
+    with torch.device('meta'): model = GPT(GPTConfig(sequence_len=256, vocab_size=TOK.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern='SL'))
+    model.to_empty(device='cpu')
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters(): p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def plain_losses(model, conversation):
+    """The definition: log-softmax of the uncached logits, mean over the assistant's tokens, one candidate at a time."""
+    found = []
+    for choice in conversation['choices']:
+        ids, mask = TOK.render_conversation({'messages': conversation['messages'][:-1] + [assistant(choice)]})
+        with torch.inference_mode(): logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+        spoken = [t for t in range(1, len(ids)) if mask[t]]
+        assert TOK.decode([ids[t] for t in spoken]) == choice + '<|assistant_end|>'
+        found.append(-sum(logp[t - 1, ids[t]].item() for t in spoken) / len(spoken))
+    return found
+
+
+def test_mean_loss_is_the_definition_whatever_the_batch():
+    model, task = tiny(), Sayings()
+    rows = [TOK.render_conversation(a) for c in task for a in answers_to(c)]
+    wanted = [loss for c in task for loss in plain_losses(model, c)]
+    assert len({len(ids) for ids, _ in rows}) > 5 and max(wanted) - min(wanted) > 0.1
+    for batch_tokens in (1, 100, 10**6):
+        assert mean_losses(model, rows, batch_tokens) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_targets_are_the_assistants_tokens_shifted():
+    assert targets_of([1, 5, 6, 7, 2], [0, 0, 1, 1, 0]) == [-1, 6, 7, -1]
+
+
+def test_ranking_takes_the_lowest_mean_and_batching_changes_nothing():
+    model, task = tiny(), Sayings()
+    engine = Engine(model, TOK)
+    records = evaluate_task_ranked(task, engine)
+    for r, c in zip(records, task, strict=True):
+        losses = plain_losses(model, c)
+        assert r['completion'] == c['choices'][losses.index(min(losses))] and r['losses'] == pytest.approx(losses, rel=1e-3)
+        assert r['correct'] == (r['completion'] == completion_text(c)) and r['choices'] == c['choices']
+    for size in (1, 5): assert evaluate_task_ranked(task, engine, batch_size=size) == records
+    alone = [evaluate_task(Sayings(start=i, stop=i + 1), engine)[0]['completion'] for i in range(12)]
+    assert alone == [r['completion'] for r in records]
+
+
+def test_mean_not_sum_and_order_of_choices_is_no_hint():
+    """A model to which all tokens are equally likely has the same mean for every answer; a sum would prefer the shortest."""
+    model = tiny()
+    with torch.no_grad(): model.lm_head.weight.zero_()
+    for r in evaluate_task_ranked(Sayings(), Engine(model, TOK)): assert max(r['losses']) - min(r['losses']) < 1e-3
+    shuffled = [dict(c, choices=c['choices'][::-1]) for c in Sayings()]
+    model = tiny()
+    rank = lambda items: [c['choices'][(x := mean_losses(model, [TOK.render_conversation(a) for a in answers_to(c)])).index(min(x))] for c in items]
+    assert rank(shuffled) == rank(Sayings())
+
+
+def test_a_model_that_learns_the_answers_ranks_them_first():
+    """The whole chain can reach 1.0; answers learned for other questions stay where guessing is."""
+    model, task = tiny().train(), Sayings()
+    rows = [TOK.render_conversation(c) for c in task]
+    T = max(len(ids) for ids, _ in rows)
+    x = torch.tensor([ids[:-1] + [0] * (T - len(ids)) for ids, _ in rows])
+    y = torch.tensor([targets_of(*r) + [-1] * (T - len(r[0])) for r in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        loss = model(x, y)
+        if loss < 0.05: break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accuracy(evaluate_task(task, Engine(model.eval(), TOK))) == 1
+
+
+def test_names_of_the_pydoc_tasks():
+    kinds = {'pydoc': 'name', 'pydoc-pick': 'pick', 'pydoc-choice': 'choice', 'pydoc-qa': 'qa'}
+    for name, kind in kinds.items():
+        task = make_task(name, size=5)
+        assert task.kind == kind and len(task) == 5 and TASKS[name].chance == (0 if kind == 'qa' else 0.25)
+        assert ('choices' in task[0]) == (kind in ('name', 'pick')) and task.eval_type == ('categorical' if kind == 'choice' else 'generative')
+    assert not any(c in task[0]['messages'][0]['content'] for task in [make_task('pydoc')] for c in task[0]['choices'])
+    assert task_names(ChatEvalConfig().tasks) == ['spellingbee', 'simplespelling', 'arithmetic', 'arithmetic3', 'pydoc']
+
+
+def test_a_random_model_is_near_chance_on_pydoc():
+    """Ranked by an untrained model: the right name is not favoured by its place in the list, its length or the way it is rendered."""
+    records = evaluate_task(PyDoc(200, 'test', kind='name'), Engine(tiny(), TOK))
+    assert 0.12 < accuracy(records) < 0.38 and all('losses' in r for r in records)
+
+
+def test_samples_of_every_task_reach_the_report(monkeypatch, base_directory):
+    monkeypatch.setitem(TASKS, 'sayings', TaskSpec(lambda size, split: Sayings(), 0.25))
+    model = tiny()
+    save_checkpoint(init_run(run_dir('sft', 'd2'), {}, TOK), 7, model)
+    result = chat_eval(ChatEvalConfig(tasks='sayings,arithmetic', max_problems=5, max_new_tokens=8))
+    assert [s['task'] for s in result['samples']] == ['sayings'] * 2 + ['arithmetic'] * 2
+    rows = {name: read_jsonl(run_dir('sft', 'd2')/f'eval_{name}.jsonl') for name in ('sayings', 'arithmetic')}
+    assert [s['completion'] for s in result['samples']] == [r['completion'] for name in rows for r in rows[name][:2]]
+    assert all(a in result['samples'][0]['prompt'] for a in ANSWERS)
+    page = generate_report(base_directory).read_text()
+    assert page.count('sft, sayings, ') == 2 and page.count('sft, arithmetic, ') == 2 and Arithmetic(5, 'test')[1]['messages'][0]['content'] in page
+
+
+def test_samples_keep_tool_calls():
+    """As the engine writes a tool call, so it is shown, once with its mark."""
+    call = '<|python_start|>7*8<|python_end|><|output_start|>56<|output_end|>The answer is 56.'
+    record = dict(index=0, question='What is 7*8?', answer=call, completion=call, correct=1, reward=1.0, tokens=9)
+    assert samples_from('arithmetic', [record] * 3) == [dict(task='arithmetic', prompt='What is 7*8?\n', completion=call, correct=1)] * 2
+    assert 'chance  25%' in score_line('pydoc', dict(accuracy=0.4, chance=0.25, n=200))
