@@ -68,9 +68,9 @@ LENGTHS = ('num_iterations', 'target_flops', 'target_param_data_ratio', 'minutes
 def default_preset(device: torch.device) -> str:
     "The preset for this device when none is asked for: `tiny-cpu` without CUDA, else the largest whose memory is there."
     if device.type != 'cuda': return 'tiny-cpu'
-    gb = torch.cuda.get_device_properties(device).total_memory / 1e9
-    fits = [name for name, p in PRESETS.items() if p.gpus == 1 and p.memory_gb <= gb + 2]
-    return max(fits, key=lambda name: PRESETS[name].memory_gb, default='t4-16g')
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    fits = [name for name, p in PRESETS.items() if p.gpus == 1 and p.memory_gib <= gib + 2]  # a card sold as 16 GB shows 15
+    return max(fits, key=lambda name: PRESETS[name].memory_gib, default='t4-16g')
 
 def resolve(cfg: BaseTrainConfig, device: torch.device) -> BaseTrainConfig:
     "Fill what was left at None from the preset. Raises `UserError` for an unknown preset or values out of range."
