@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.execution import use_calculator
-from nanochat.tasks import common, pydoc
+from nanochat.tasks import common, customjson, pydoc
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.common import (Task, TaskMixture, TaskSequence, check_conversation, completion_text, final_number,
                                    load_hub, offline_words, render_mc, spoken_text)
@@ -224,6 +225,30 @@ def test_identity(tmp_path):
     path.write_text('\n'.join(json.dumps(c['messages'], ensure_ascii=False) for c in chats), encoding='utf8')
     assert list(CustomJSON(path)) == list(chats)
     assert len(CustomJSON(path, stop=10)) == 10
+
+
+def test_identity_answers_what_people_type_first():
+    """With and without capitals and final marks, each as a conversation of one turn, answered from the right intent."""
+    answers = {}
+    for c in identity_conversations():
+        if len(c['messages']) == 2: answers.setdefault(c['messages'][0]['content'], set()).add(c['messages'][1]['content'])
+    for intent, words in dict(hello='hi hello hey', thanks='thanks', bye='bye goodbye').items():
+        for word in words.split():
+            for typed in (word, word.capitalize(), word + '!', word.capitalize() + '!'): assert answers[typed] <= set(customjson.IDENTITY[intent][1]), typed
+    for intent, said in dict(name='who are you', skills='what can you do', thanks='thank you').items():
+        for typed in (said, said.capitalize(), said + '?!'[intent == 'thanks']): assert answers[typed] <= set(customjson.IDENTITY[intent][1]), typed
+
+
+def test_identity_reads_well():
+    """No capital after a comma or colon but I's; answers short; no way to type a question that belongs to two intents."""
+    owners = {}
+    for intent, (questions, answers) in customjson.IDENTITY.items():
+        assert 2 <= len(answers) == len(set(answers)) <= 3 and all(len(a) <= 80 and a[-1] in '.!?' for a in answers)
+        for q in questions: owners.setdefault(q.lower().strip('.!?'), set()).add(intent)
+    assert all(len(intents) == 1 for intents in owners.values())
+    for c in identity_conversations():
+        for m in c['messages'][::2]: assert not re.search(r'[,:] (?!I\b)[A-Z]', m['content']) and m['content'].strip() == m['content'] != ''
+    assert len({c['messages'][0]['content'] for c in identity_conversations()}) > 400
 
 
 @pytest.mark.parametrize('line', ['{"role": "user"', '[]', '"hello"', '[1]', '{"messages": null}', '[{"role": "user", "content": "x"}]', '[{"role": "user", "content": 1}, {"role": "assistant", "content": "x"}]',
