@@ -221,7 +221,7 @@ def test_full_disk(home, mine, capsys, monkeypatch, script, args):
 def test_missing_tokenizer_corpus_and_model(base_directory, capsys):
     for words, script in (('no tokenizer at .*run python -m nanochat.scripts.tok_train', 'base_train'), ('no tokenizer at .*tok_train', 'tok_eval'),
                           ('nanochat.scripts.base_train', 'mid_train'), ('nanochat.scripts.base_train', 'chat_sft'), ('nanochat.scripts.chat_sft', 'chat_rl'),
-                          ('nanochat.scripts.chat_sft', 'chat_eval'), ('nanochat.scripts.chat_sft', 'chat_cli'), ('nanochat.scripts.chat_sft', 'chat_web')):
+                          ('nanochat.scripts.chat_sft', 'chat_eval'), ('nanochat.scripts.chat_sft', 'chat_cli')):
         refused(capsys, base_directory, words, script, *(['--depth', '1'] if script == 'base_train' else []))
 
 
