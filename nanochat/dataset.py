@@ -7,9 +7,9 @@ __all__ = ['SKIPPED_FOLDERS', 'HUB', 'SUFFIXES', 'SEED', 'ROW_GROUP', 'SHARD_BYT
            'language_reference', 'compiled_modules', 'module_docs', 'stdlib_documents', 'HubCorpus', 'decode_utf8',
            'valid_text', 'text_field', 'read_jsonl_texts', 'read_parquet_texts', 'own_files', 'read_documents',
            'document_key', 'shuffled', 'nbytes', 'first_bytes', 'cut_document', 'split_validation', 'write_shard',
-           'in_shards', 'Documents', 'Corpus', 'fingerprint', 'corpus_name', 'open_corpus', 'write_corpus',
-           'existing_corpus', 'require_memory', 'source_documents', 'prepare_corpus', 'DatasetConfig', 'prepare',
-           'main']
+           'in_shards', 'Documents', 'Corpus', 'fingerprint', 'corpus_name', 'find_corpus', 'open_corpus',
+           'write_corpus', 'existing_corpus', 'require_memory', 'source_documents', 'prepare_corpus', 'DatasetConfig',
+           'prepare', 'main']
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
 import contextlib, hashlib, importlib, importlib.util, inspect, io, json, os, re, sys, sysconfig, tokenize, warnings
@@ -345,11 +345,16 @@ def corpus_name(source: str | Path) -> str:
     return re.sub(r'[^\w.-]+', '_', path.stem) + '-' + hashlib.sha256(str(path).encode()).hexdigest()[:6]
 
 # %% ../nbs/02_dataset.ipynb #6ea13a4c
+def find_corpus(name: str | Path) -> Path | None:
+    "The folder of a prepared corpus: by its name, by the path it was made from, or by that path's last part if just one has it."
+    name, known = str(name), {p.parent.name: p.parent for p in (base_dir()/'corpora').glob('*/manifest.json')}
+    same = [n for n in known if re.fullmatch(re.escape(name) + '-[0-9a-f]{6}', n) and not Path(name).expanduser().exists()]
+    return known.get(name) or known.get(corpus_name(name)) or (known[same[0]] if len(same) == 1 else None)
+
 def open_corpus(name: str | Path = 'stdlib') -> Corpus:
-    "A corpus prepared earlier, by name or by the path it was made from. Raises `UserError` with the command that makes it."
-    folder = base_dir()/'corpora'/str(name)
-    if not (folder/'manifest.json').exists(): folder = base_dir()/'corpora'/corpus_name(name)
-    if not (folder/'manifest.json').exists(): raise UserError(f"there is no corpus '{name}' yet; run: python -m nanochat.dataset {name}")
+    "A corpus prepared earlier, found as `find_corpus` does. Raises `UserError` with the command that makes it."
+    folder = find_corpus(name)
+    if folder is None: raise UserError(f"there is no corpus '{name}' yet; run: python -m nanochat.dataset {name}")
     corpus = Corpus(folder.name, folder, json.loads((folder/'manifest.json').read_text(encoding='utf8')))
     missing = [s['file'] for s in corpus.manifest['shards'] if not (folder/s['file']).exists()]
     if missing: raise UserError(f"the corpus '{name}' lacks {', '.join(missing[:3])}; run: python -m nanochat.dataset {name}")

@@ -230,6 +230,23 @@ def test_bad_settings(stories, kwargs, sentence):
     with pytest.raises(UserError, match=sentence): prepare_corpus(stories, **kwargs)
 
 
+def test_a_corpus_is_found_by_name_path_and_last_part(tmp_path, monkeypatch):
+    for place in ('a', 'b'):
+        (tmp_path/place/'texts').mkdir(parents=True)
+        for i in range(9): (tmp_path/place/'texts'/f'{i}.txt').write_text(f'{place} says {i} ' * 20)
+        (tmp_path/place/'texts'/'manifest.json').write_text('{}')  # the folder's own; it is none of ours
+    first = prepare_corpus(tmp_path/'a'/'texts')
+    monkeypatch.chdir(tmp_path)
+    for name in (first.name, tmp_path/'a'/'texts', 'a/texts', './a/../a/texts', 'texts'): assert open_corpus(name).path == first.path, name
+    monkeypatch.chdir(tmp_path/'b')  # here 'texts' is another folder
+    with pytest.raises(UserError, match='no corpus'): open_corpus('texts')
+    second = prepare_corpus('texts')
+    assert open_corpus('texts').path == second.path != first.path
+    monkeypatch.chdir(tmp_path)      # and here it could be either
+    with pytest.raises(UserError, match='no corpus'): open_corpus('texts')
+    with pytest.raises(UserError, match='no corpus'): open_corpus('tex')
+
+
 def test_missing_corpus_names_the_command():
     with pytest.raises(UserError, match='run: python -m nanochat.dataset stdlib'): open_corpus('stdlib')
     with pytest.raises(UserError, match="unknown split 'test'"): dataset.Corpus('x', None, dict(shards=[])).shards('test')
