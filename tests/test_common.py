@@ -193,6 +193,21 @@ def test_log_file_gets_a_line_now_and_then(clock):
     assert 8 < len(lines) < 13 and '\r' not in out.getvalue() and '\x1b' not in out.getvalue() and '100/100' in lines[-1]
 
 
+def test_notebook_updates_one_output(clock, monkeypatch, capsys):
+    display, shown, made = pytest.importorskip('IPython.display'), [], []
+    class Handle:
+        def update(self, data, raw): shown.append(data['text/plain'])
+    def first(data, raw, display_id):
+        made.append(data)
+        return Handle()
+    monkeypatch.setattr(common, '_in_notebook', lambda: True)
+    monkeypatch.setattr(display, 'display', first)
+    with Progress(10, 'train') as bar:
+        for _ in range(10): clock[0] += .3; bar.update()
+    assert len(made) == 1 and 3 < len(shown) < 8 and '10/10 100%' in shown[-1]
+    assert capsys.readouterr() == ('', '')
+
+
 def test_unknown_total_has_no_eta(clock):
     out = io.StringIO()
     with Progress(None, 'reading', 'docs', file=out) as bar:
