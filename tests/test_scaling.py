@@ -94,16 +94,16 @@ def test_a_derived_batch_always_divides():
 
 def test_tiny_models_have_their_own_recipe_and_every_constant_is_a_parameter():
     config = gpt_config(4, 4096, 512)
-    plan = plan_training(config, device_batch_size=16, num_iterations=200)
+    plan = plan_training(config, device_batch_size=8, num_iterations=200)
     assert plan.recipe == 'tiny' and plan.total_batch_size == scaling.TINY['total_batch_size']
     assert plan.warmup_steps == math.ceil(scaling.TINY['warmup_fraction'] * 200)
-    assert plan_training(gpt_config(7, 4096, 512), device_batch_size=16).recipe == 'reference'
-    assert plan_training(config, device_batch_size=16, recipe='reference').recipe == 'reference'
+    assert plan_training(gpt_config(7, 4096, 512), device_batch_size=8).recipe == 'reference'
+    assert plan_training(config, device_batch_size=8, recipe='reference').recipe == 'reference'
     own = dict(lr_scale=0.3, weight_decay=0.7, warmdown_ratio=0.2, final_lr_frac=0.5, warmup_steps=3)
-    changed = plan_training(config, device_batch_size=16, num_iterations=200, **own)
+    changed = plan_training(config, device_batch_size=8, num_iterations=200, **own)
     assert all(getattr(changed, k) == v for k, v in own.items())
-    assert plan_training(config, device_batch_size=16, num_iterations=200, warmup_fraction=0.5).warmup_steps == 100
-    assert plan_training(config, device_batch_size=16, total_batch_size=65536).grad_accum_steps == 8
+    assert plan_training(config, device_batch_size=8, num_iterations=200, warmup_fraction=0.5).warmup_steps == 100
+    assert plan_training(config, device_batch_size=8, total_batch_size=65536).grad_accum_steps == 16
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
