@@ -399,6 +399,7 @@ def source_documents(source: str, files: Sequence[Path], errors: str) -> Iterato
 
 # %% ../nbs/02_dataset.ipynb #61e4fe7c
 def _check(source: str, max_bytes: int | None, val_fraction: float, errors: str) -> None:
+    if not source: raise UserError(f"the corpus has no name; give a path, or one of: {', '.join(['stdlib', *HUB])}")
     if errors not in ('strict', 'replace', 'ignore'): raise UserError(f"errors '{errors}' is unknown; use strict, replace or ignore")
     if source in HUB: raise UserError(f"the corpus '{source}' ({HUB[source].repo} on the hub) cannot be downloaded yet; use stdlib, or the path of files you have")
     if max_bytes is not None and max_bytes < 2: raise UserError(f'max_bytes {max_bytes} is too small; give 2 or more')
@@ -408,7 +409,7 @@ def prepare_corpus(source: str | Path = 'stdlib', *, max_bytes: int | None = Non
                    errors: str = 'strict', force: bool = False) -> Corpus:
     """Make a corpus from 'stdlib' or from a file or folder of texts, or find it already made from the same content.
     `max_bytes` of text are kept; about `val_fraction` of that is held out. Raises `UserError` before anything is written."""
-    source = str(source)
+    source = str(source).strip()
     _check(source, max_bytes, val_fraction, errors)
     builtin, name = source == 'stdlib', corpus_name(source)
     files = stdlib_files() if builtin else own_files(source)

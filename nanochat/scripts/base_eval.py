@@ -90,6 +90,7 @@ def verdict(r: dict[str, Any]) -> str:
 def base_eval(cfg: BaseEvalConfig) -> dict[str, Any]:
     "Evaluate a checkpoint; returns `val_bpb`, `train_bpb`, `ngram_bpb` and samples. Raises `UserError` if there is no such checkpoint."
     if cfg.eval_tokens < 1 or cfg.device_batch_size < 1: raise UserError('eval_tokens and device_batch_size must be at least 1')
+    if cfg.ngram_order < 1 or cfg.ngram_tokens < 0: raise UserError('ngram_order must be at least 1; give --ngram-tokens 0 to leave the n-gram out')
     start, device = time.perf_counter(), detect_device(cfg.device or None)
     with distributed(device) as ranks:
         tag, corpus = cfg.model_tag or newest_tag(cfg.source), open_corpus(cfg.corpus)

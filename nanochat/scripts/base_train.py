@@ -81,6 +81,8 @@ def resolve(cfg: BaseTrainConfig, device: torch.device) -> BaseTrainConfig:
     cfg = dataclasses.replace(cfg, **filled)
     if cfg.minutes is not None and not cfg.minutes > 0: raise UserError(f'{cfg.minutes} minutes is too short; give --minutes 1 or more')
     if cfg.keep < 1 or cfg.eval_tokens < 1: raise UserError('keep and eval_tokens must be at least 1')
+    if cfg.lr_scale is not None and not 0 < cfg.lr_scale < math.inf: raise UserError(f'lr_scale {cfg.lr_scale:g} must be positive; leave out --lr-scale for the recipe\'s own')
+    if cfg.weight_decay is not None and not 0 <= cfg.weight_decay < math.inf: raise UserError(f'weight_decay {cfg.weight_decay:g} must be 0 or more; leave out --weight-decay for the recipe\'s own')
     return cfg
 
 # %% ../../nbs/scripts/02_base_train.ipynb #64762b94

@@ -144,6 +144,7 @@ class TrainBenchConfig:
     def check(self) -> None:
         "Raise `UserError` for sizes that make no sense."
         if min(self.depth, self.device_batch_size, self.sequence_len, self.steps) < 1: raise UserError('depth, device_batch_size, sequence_len and steps must be at least 1')
+        gpt_config(self.depth, self.vocab_size, self.sequence_len, window_pattern=self.window_pattern)  # refuses the rest
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #de78387d
 def random_batch(cfg: TrainBenchConfig, device: torch.device) -> tuple[Tensor, Tensor]:
