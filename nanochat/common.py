@@ -291,9 +291,11 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     "Most memory this process has held so far, in bytes: on the GPU for a CUDA device, else resident memory of the process."
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
     if os.name == 'nt': return 0
+    status = Path('/proc/self/status')
+    if status.exists(): # Linux; its ru_maxrss would begin at the peak of the program that started this one
+        return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith('VmHWM:')), 0)
     import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 # %% ../nbs/00_common.ipynb #6854ff80
 def cpu_name() -> str:

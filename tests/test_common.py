@@ -1,5 +1,5 @@
 """Writes that survive kills and full disks, metrics that survive any text, progress, command lines, devices and ranks."""
-import errno, io, itertools, json, os, re, signal, sys
+import errno, io, itertools, json, os, re, signal, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -285,6 +285,13 @@ def test_peak_memory_sees_an_allocation():
     before = peak_memory_bytes()
     torch.ones(64 * 2**20, dtype=torch.uint8)
     assert 10e6 < before <= peak_memory_bytes() < 1e12
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='how Linux counts')
+def test_peak_memory_is_this_programs_and_not_its_parents():
+    torch.ones(500 * 2**20, dtype=torch.uint8)  # this process has held more than the child ever will
+    child = subprocess.run([sys.executable, '-c', 'from nanochat.common import peak_memory_bytes; print(peak_memory_bytes())'], capture_output=True, text=True)
+    assert 20e6 < int(child.stdout) < peak_memory_bytes() - 200e6
 
 
 # The command line

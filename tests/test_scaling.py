@@ -199,7 +199,8 @@ def test_memory_grows_as_it_should():
 
 
 PROBE = '''
-import resource, sys, torch
+import torch
+from nanochat.common import peak_memory_bytes as peak
 from nanochat.gpt import GPT
 from nanochat.scaling import gpt_config
 def train(config, rows, steps):
@@ -208,7 +209,6 @@ def train(config, rows, steps):
     for _ in range(steps):
         x = torch.randint(config.vocab_size, (rows, config.sequence_len))
         model(x, x).backward(); optimizer.step(); optimizer.zero_grad()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 train(gpt_config(1, 512, 128), 1, 1)
 before = peak()
 train(gpt_config(4, 4096, 512, window_pattern='L'), 2, 2)
@@ -216,7 +216,7 @@ print(peak() - before)
 '''
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss counts in other units elsewhere')
+@pytest.mark.skipif(sys.platform != 'linux', reason='measured on Linux only')
 def test_estimate_is_within_a_factor_of_two_of_a_real_step():
     env = {**os.environ, 'NANOCHAT_DTYPE': 'float32', 'OMP_NUM_THREADS': '1'}
     out = subprocess.run([sys.executable, '-c', PROBE], env=env, capture_output=True, text=True, check=True).stdout
