@@ -391,7 +391,9 @@ class GPT(nn.Module):
             x = block(x, ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.config.n_layer // 2: half = x
         if kv_cache is not None: kv_cache.advance(idx.shape[1])
-        return norm(x - self.backout_lambda.to(x.dtype) * half)
+        backout = self.backout_lambda
+        if half is x: backout = backout.detach() + 0 * backout  # one or two layers: only noise to learn from, so the gradient is 0
+        return norm(x - backout.to(x.dtype) * half)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, loss_reduction: str = 'mean') -> Tensor:
         "The loss of `targets` (-1 ignored; per position for 'none') or, without them, fp32 logits `(B, T, vocab_size)`. idx `(B, T)` ints."

@@ -231,3 +231,20 @@ def test_impossible_shapes(kw, words):
 def test_too_long_a_row_is_a_sentence(fp32):
     model = build(sequence_len=16)
     with pytest.raises(ValueError, match='161 tokens are too many'): model(torch.zeros(1, 161, dtype=torch.long))
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+def test_backout_learns_only_where_it_does_something(depth, fp32):
+    """With one or two layers it scales what the norm scales back: AdamW walked it past 1 on rounding noise (loss 2.2 -> 15.3 -> 2.3)."""
+    config = GPTConfig(sequence_len=32, vocab_size=64, n_layer=depth, n_head=2, n_kv_head=2, n_embd=32)
+    torch.manual_seed(0)
+    with torch.device('meta'): model = GPT(config)
+    model.to_empty(device='cpu')
+    model.init_weights()
+    optimizer, ids = model.setup_optimizer(), torch.randint(64, (4, 33))
+    for _ in range(8):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    moved = (model.backout_lambda - 0.2).abs().item()
+    assert moved > 0.01 if depth > 2 else moved == 0
