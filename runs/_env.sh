@@ -14,8 +14,11 @@ find_python() {
     die "this needs Python 3.11 or later with the venv module; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
 }
 
+# NANOCHAT_SKIP_INSTALL=1 uses the Python on the PATH as it is.
+
 # install EXTRA: a virtual environment with the package and that extra. Skipped when nothing that decides it has changed.
 install() {
+    [ "${NANOCHAT_SKIP_INSTALL:-0}" = 1 ] && return
     local extra=$1 venv=${NANOCHAT_VENV:-$ROOT/.venv} python stamp want
     python=$(find_python) || exit 2
     # An existing environment stays on the interpreter it was made with.

@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ $depth =~ ^[1-9][0-9]*$ ]] || die "--depth takes a whole number from 1, not $depth"
+tag=d$depth  # the name of this model's runs in every stage
 share() { awk -v m="$minutes" -v f="$1" 'BEGIN { printf "%.2f", m * f }'; }
 stage() { say "[$((SECONDS - started))s] $1"; }
 
@@ -49,19 +50,19 @@ stage "3/8  Pretraining: predict the next token ($(share .45) min)"
 python -m nanochat.scripts.base_train --preset tiny-cpu --depth "$depth" --minutes "$(share .45)" ${fresh[@]+"${fresh[@]}"}
 
 stage "4/8  Evaluation: bits per byte beside a 5-gram model, samples (20 s)"
-python -m nanochat.scripts.base_eval
+python -m nanochat.scripts.base_eval --model-tag "$tag"
 
 stage "5/8  Fine-tuning on chat: spelling, counting, arithmetic, questions about Python ($(share .37) min)"
-python -m nanochat.scripts.chat_sft --minutes "$(share .37)" ${fresh[@]+"${fresh[@]}"}
-python -m nanochat.scripts.chat_eval --source sft
+python -m nanochat.scripts.chat_sft --model-tag "$tag" --minutes "$(share .37)" ${fresh[@]+"${fresh[@]}"}
+python -m nanochat.scripts.chat_eval --source sft --model-tag "$tag"
 
 stage "6/8  Reinforcement learning on stories with sums, which fine-tuning left unfinished ($(share .18) min)"
 # Little stories are what fine-tuning saw too few of. These rates gained most here; dev/LOG.md has the others.
-python -m nanochat.scripts.chat_rl --task arithmetic3 --minutes "$(share .18)" --examples-per-step 24 --eval-problems 300 \
+python -m nanochat.scripts.chat_rl --model-tag "$tag" --task arithmetic3 --minutes "$(share .18)" --examples-per-step 24 --eval-problems 300 \
     --embedding-lr 0.03 --init-lr-frac 0.1 ${fresh[@]+"${fresh[@]}"}
 
 stage "7/8  Evaluation on held-out items"
-python -m nanochat.scripts.chat_eval --source rl
+python -m nanochat.scripts.chat_eval --source rl --model-tag "$tag"
 
 stage "8/8  Report"
 python -m nanochat.scripts.report
@@ -69,5 +70,5 @@ say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s."
 
 if [ $chat = 1 ]; then
     say "Chat: open the address below in a browser; Ctrl-C ends it. In the terminal: python -m nanochat.scripts.chat_cli"
-    exec python -m nanochat.scripts.chat_web
+    exec python -m nanochat.scripts.chat_web --source rl --model-tag "$tag"
 fi
