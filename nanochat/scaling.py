@@ -26,7 +26,7 @@ def gpt_config(depth: int, vocab_size: int = 32768, sequence_len: int = 2048, *,
     if depth < 1: raise UserError(f'depth {depth} is too small; give --depth 1 or more')
     if head_dim < 2 or aspect_ratio < 1: raise UserError('head_dim must be at least 2 and aspect_ratio at least 1; the defaults are 128 and 64')
     n_head = -(-depth * aspect_ratio // head_dim)
-    config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_kv_head or n_head,
+    config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head if n_kv_head is None else n_kv_head,
                        n_embd=n_head * head_dim, window_pattern=window_pattern)
     config.check()
     return config
@@ -231,7 +231,9 @@ def apply_schedule(optimizer: torch.optim.Optimizer, plan: TrainPlan, step: int)
     return now
 
 # %% ../nbs/07_scaling.ipynb #fbcf8234
-PEAK_FLOPS = dict(t4=65e12, rtx3060=51e12, rtx4090=165e12, a100=312e12, h100=989e12)  # dense bf16 (T4: fp16) by data sheet
+PEAK_FLOPS = dict(  # FLOP/s by data sheet: dense bf16 (T4: fp16) with fp32 accumulation; a name that extends another comes first
+    b200=2.25e15, h200nvl=836e12, h200=989e12, h100pcie=756e12, h100nvl=836e12, h100=989e12, a100=312e12, l40s=362e12, l40=181e12, l4=121e12, a10g=70e12,
+    rtx5090=209.5e12, rtx4090=165.2e12, rtx4080=97.5e12, rtx4070=58.3e12, rtx3090=71e12, rtx3060=25.5e12, t4=65e12)
 
 def estimate_hours(plan: TrainPlan, gpu: str = 'h100', gpus: int = 1, efficiency: float = 0.5) -> float:
     "Hours of training at a share of the peak; the default share is assumed, not measured."

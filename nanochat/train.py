@@ -10,7 +10,7 @@ __all__ = ['Batch', 'all_sum', 'close', 'fetch', 'count_targets', 'accumulate', 
            'rehearse', 'iterations_for', 'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
-import contextlib, dataclasses, json, math, signal, threading, time
+import contextlib, dataclasses, json, math, re, signal, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,8 +134,10 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
 def peak_flops(device: torch.device) -> float | None:
     "Dense half-precision FLOP/s of a GPU by its name, from `scaling.PEAK_FLOPS`; None for what the table lacks, and for CPUs."
     if device.type != 'cuda': return None
-    name = torch.cuda.get_device_name(device).lower().replace(' ', '')
-    return next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+    words = re.findall(r'[a-z0-9]+', torch.cuda.get_device_name(device).lower())
+    if {'ti', 'super', 'laptop', 'd'} & set(words): return None  # cards of other speeds under nearly the same names
+    names = {*words, *map(''.join, zip(words, words[1:]))}       # 'rtx 4090' and 'h100 pcie' are two words each
+    return next((v for k, v in PEAK_FLOPS.items() if k in names), None)
 
 def metrics_line(state: TrainState, plan: TrainPlan, lr: float, tok_per_sec: float, device: torch.device, peak: float | None = None) -> dict[str, Any]:
     "The JSON object of one step. `loss` is in nats per target, `memory` in bytes, `seconds` cumulative over resumes."

@@ -132,6 +132,7 @@ def refused(capsys, home, words, script, *args):
     ('nan minutes is too short', 'base_train', ['--depth', '1', '--minutes', 'nan']),
     ('target_flops nan must be positive', 'base_train', ['--depth', '1', '--target-flops', 'nan']),
     ('n_head 1 is not a multiple of n_kv_head 3', 'base_train', ['--depth', '1', '--n-kv-head', '3']),
+    ('layers, heads, vocabulary and sequence length must be at least 1', 'base_train', ['--depth', '1', '--n-kv-head', '0']),
     ('of disk and only', 'base_train', ['--depth', '3000', '--num-iterations', '1', '--corpus', 'MINE']),
     ('--ngram-tokens 0', 'base_eval', ['--corpus', 'MINE', '--ngram-tokens=-1']),
     ('ngram_order must be at least 1', 'base_eval', ['--corpus', 'MINE', '--ngram-order', '0']),
@@ -260,7 +261,11 @@ def test_a_gpu_chooses_its_preset(monkeypatch, gib, preset):
     assert base_train.default_preset(torch.device('cuda')) == preset and base_train.default_preset(torch.device('cpu')) == 'tiny-cpu'
 
 
-@pytest.mark.parametrize('name, peak', [('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Tesla T4', 65e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('Toaster', None)])
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12), ('NVIDIA H200 NVL', 836e12), ('NVIDIA B200', 2.25e15), ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA L40S', 362e12), ('NVIDIA L40', 181e12), ('NVIDIA L4', 121e12), ('NVIDIA A10G', 70e12), ('NVIDIA GeForce RTX 5090', 209.5e12), ('NVIDIA GeForce RTX 4090', 165e12),
+    ('NVIDIA GeForce RTX 3090', 71e12), ('NVIDIA GeForce RTX 3060', 25.5e12), ('Tesla T4', 65e12),
+    ('NVIDIA GeForce RTX 3060 Ti', None), ('NVIDIA GeForce RTX 4070 SUPER', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA T400 4GB', None), ('NVIDIA RTX A4000', None), ('Toaster', None)])
 def test_peak_rate_by_the_name_of_the_gpu(monkeypatch, name, peak):
     from nanochat.train import peak_flops
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d: name)
