@@ -69,7 +69,7 @@ def test_lines_from_a_pipe(checkpoint):
 
 @pytest.mark.parametrize('flags, words', [
     (['--source', 'rl', '-p', 'x'], 'chat_rl'), (['--model-tag', 'd9', '-p', 'x'], 'd9'), (['--step', '99', '-p', 'x'], '99'), (['--source', 'nonsense', '-p', 'x'], 'base, mid, sft, rl'),
-    (['-p', 'hello ' * 2000], 'shorten'), (['-p', 'x', '--temperature', '-1'], 'negative'), (['-p', 'x', '--max-tokens', '0'], 'max-tokens')])
+    (['-p', 'hello ' * 2000], 'shorten'), (['-p', 'x', '--temperature', '-1'], 'temperature -1.0'), (['-p', 'x', '--temperature', 'nan'], 'temperature nan'), (['-p', 'x', '--max-tokens', '0'], 'max-tokens')])
 def test_bad_input_is_one_sentence(checkpoint, capsys, flags, words):
     with pytest.raises(SystemExit) as stop: cli(ChatConfig, chat_cli, ['--device', 'cpu', *flags])
     out, err = capsys.readouterr()

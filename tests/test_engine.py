@@ -1,5 +1,6 @@
 """The engine: cached equals uncached, rows do not know of each other, tools are forced and masked, limits hold. All in fp32."""
 import json
+import math
 import random
 from types import SimpleNamespace
 
@@ -226,7 +227,7 @@ def test_temperature_zero_takes_the_best_and_draws_nothing():
     state = rng.get_state()
     assert torch.equal(sample_next_token(logits, rng, temperature=0), logits.argmax(-1, keepdim=True))
     assert torch.equal(rng.get_state(), state)
-    with pytest.raises(UserError, match='negative'): sample_next_token(logits, rng, temperature=-1)
+    with pytest.raises(UserError, match='temperature -1 '): sample_next_token(logits, rng, temperature=-1)
 
 
 def test_streams_of_numbers_are_fixed_and_distinct():
@@ -298,7 +299,7 @@ def test_ends_and_keeps_the_end_token_when_asked():
         assert engine.generate_many([[1, 2]], temperature=0, keep_end=True)[0] == ([[1, 2, 65, 66, end]], [[0, 0, 1, 1, 1]])
 
 
-@pytest.mark.parametrize('n', [0, 1, 2, 7])
+@pytest.mark.parametrize('n', [1, 2, 7])
 def test_max_tokens(n):
     engine = Engine(Scripted([65], prompt_len=1), TOK)
     assert len(list(engine.generate([1], max_tokens=n, temperature=0))) == n
@@ -393,9 +394,19 @@ def test_context_limit(make):
         with pytest.raises(UserError): engine.generate_many([[1], [1] * length], max_tokens=1)
 
 
-@pytest.mark.parametrize('kw, word', [(dict(temperature=-1), 'temperature'), (dict(top_k=-1), 'top_k'), (dict(max_tokens=-1), 'max_tokens'), (dict(num_samples=0), 'num_samples')], ids=str)
-def test_settings_without_meaning_are_refused(kw, word):
-    with pytest.raises(UserError, match=word): Engine(Scripted(), TOK).generate([1], **kw)
+@pytest.mark.parametrize('kw', [dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1), dict(top_p=0.0), dict(top_p=-.5), dict(top_p=1.5),
+                                dict(top_p=math.nan), dict(max_tokens=-1), dict(max_tokens=0), dict(num_samples=0)], ids=str)
+def test_settings_without_meaning_are_refused(kw):
+    """In a sentence that names the setting, before the model has run once."""
+    model, (name, value), = Scripted(), *kw.items()
+    model.forward = lambda *a, **k: pytest.fail('work began')
+    engine = Engine(model, TOK)
+    for begin in (engine.generate, engine.generate_batch, lambda tokens, **kw: engine.generate_many([tokens], **kw)):
+        with pytest.raises(UserError, match=rf'^{name} {value} '): begin([1], **kw)
+    for fine in (dict(temperature=0), dict(top_k=0), dict(top_p=1.0), dict(top_p=None), dict(max_tokens=None)): engine.generate([1], **fine)
+
+
+def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match='empty'): Engine(Scripted(), TOK).generate([])
 
 
