@@ -159,6 +159,19 @@ def test_a_wrong_value_is_one_sentence(home, mine, capsys, words, script, args):
     refused(capsys, home, words, script, *[a.replace('MINE', str(mine)) for a in args])
 
 
+@pytest.mark.parametrize('script', ['mid_train', 'chat_sft'])
+@pytest.mark.parametrize('words, args', [
+    ('num_iterations 0 ', ['--num-iterations', '0']), ('epochs 0 ', ['--epochs', '0']), ('epochs nan ', ['--epochs', 'nan']), ('epochs -1 ', ['--epochs=-1']),
+    ('minutes nan ', ['--minutes', 'nan']), ('rate -1 ', ['--rate=-1']), ('rate inf ', ['--rate', 'inf']), ('warmdown_ratio 2 .*takes 0 to 1', ['--warmdown-ratio', '2']),
+    ('warmdown_ratio -0.1 ', ['--warmdown-ratio=-0.1']), ('device_batch_size 0 ', ['--device-batch-size', '0']), ('total_batch_size 0 ', ['--total-batch-size', '0']),
+    ('device_batch_size 3 x seq_len 64 does not divide total_batch_size 256; use --device-batch-size 2 or 4', ['--device-batch-size', '3', '--total-batch-size', '256']),
+    ('arithmetic -1 .*takes 0 or more', ['--arithmetic=-1']), ('identity -1 ', ['--identity=-1']), ('cannot read the conversations in nowhere.jsonl', ['--custom', 'nowhere.jsonl'])])
+def test_tuning_refuses_before_it_builds_the_mixture(home, capsys, monkeypatch, script, words, args):
+    """With the default mixture, which takes seconds and writes a cache of words."""
+    monkeypatch.setattr('nanochat.scripts.mid_train.parts', lambda *a: pytest.fail('the mixture was built'))
+    refused(capsys, home, words, script, '--device', 'cpu', *args)
+
+
 @pytest.mark.parametrize('rows, row, batch', [(24, 64, 1024), (7, 64, 4096), (3, 50, 4096), (64, 64, 256), (5, 48, 7000)])
 def test_suggested_batches_are_commands_that_work(home, mine, capsys, rows, row, batch):
     """Every flag that the refusal names is taken as it is printed; what follows 'or' too."""
