@@ -126,8 +126,9 @@ class TaskChain(Task):
     def num_examples(self) -> int: return len(self.starts) - 1
 
     def get_example(self, index: int) -> dict:
-        first, *rest = (self.task[i]['messages'] for i in range(*self.starts[index:index + 2]))
-        return {'messages': first + [m for messages in rest for m in messages if m['role'] != 'system']}
+        first, *rest = (self.task[i] for i in range(*self.starts[index:index + 2]))
+        if not rest: return first
+        return {'messages': first['messages'] + [m for c in rest for m in c['messages'] if m['role'] != 'system']}
 
 # %% ../../nbs/tasks/00_common.ipynb #d985a2cc
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
