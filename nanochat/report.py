@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
-           'load_results', 'merge_steps', 'Series', 'series', 'smooth', 'thin', 'nice_ticks', 'Plot', 'tick', 'legend',
-           'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table', 'Section', 'Report', 'words', 'facts',
-           'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run', 'load_stages', 'loss_plots',
-           'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source', 'show_score',
-           'across', 'score_bars', 'score_table', 'score_section', 'total_seconds', 'time_section', 'headline',
-           'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot', 'render_markdown', 'render_html',
-           'generate_report']
+           'load_results', 'result_mark', 'recall_result', 'merge_steps', 'Series', 'series', 'smooth', 'thin',
+           'nice_ticks', 'Plot', 'tick', 'legend', 'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table', 'Section',
+           'Report', 'words', 'facts', 'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run', 'load_stages',
+           'loss_plots', 'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source',
+           'show_score', 'across', 'score_bars', 'score_table', 'score_section', 'total_seconds', 'time_section',
+           'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot', 'render_markdown',
+           'render_html', 'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
-import datetime, html, json, math, re
+import datetime, hashlib, html, json, math, re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import append_jsonl, atomic_write, base_dir, human, human_time, read_jsonl
+from .common import append_jsonl, atomic_write, base_dir, get_ranks, human, human_time, read_jsonl
 
 # %% ../nbs/15_report.ipynb #4e6c5f4a
 STAGES = ('tok_train', 'tok_eval', 'base_train', 'base_eval', 'mid_train', 'chat_sft', 'chat_rl', 'chat_eval')
@@ -42,6 +42,21 @@ def load_results(base: Path) -> dict[str, list[dict]]:
     "All result lines by stage, oldest first. Lines that are torn or are not objects with a known stage are left out."
     rows = [r for r in read_jsonl(base/'report'/'results.jsonl') if isinstance(r, dict)]
     return {s: [r for r in rows if r.get('stage') == s] for s in STAGES}
+
+# %% ../nbs/15_report.ipynb #4b778017
+def result_mark(*parts: Any) -> str:
+    "A hash of all that decides a result; `parts` are what JSON can hold."
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+def recall_result(stage: str, mark: str, base: Path | None = None) -> dict[str, Any] | None:
+    "The latest result of a stage with this mark, or None. It becomes the one that the report shows for its `source`."
+    rows = load_results(base or base_dir())[stage]
+    found = next((r for r in reversed(rows) if r.get('mark') == mark), None)
+    if found is None: return None
+    result = {k: v for k, v in found.items() if k not in ('stage', 'time')}
+    newest = [r for r in rows if r.get('source') == found.get('source')][-1]
+    if newest is not found and get_ranks().is_main: log_result(stage, result, base)
+    return result
 
 # %% ../nbs/15_report.ipynb #7de0da37
 def merge_steps(rows: Iterable[dict]) -> list[dict]:

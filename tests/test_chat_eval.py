@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import init_run, run_dir, save_checkpoint
-from nanochat.common import read_jsonl
+from nanochat.common import UserError, read_jsonl
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import generate_report
@@ -133,6 +133,36 @@ def test_samples_of_every_task_reach_the_report(monkeypatch, base_directory):
     assert all(a in result['samples'][0]['prompt'] for a in ANSWERS)
     page = generate_report(base_directory).read_text()
     assert page.count('sft, sayings, ') == 2 and page.count('sft, arithmetic, ') == 2 and Arithmetic(5, 'test')[1]['messages'][0]['content'] in page
+
+
+def test_what_was_marked_before_is_skipped(base_directory, monkeypatch, capsys):
+    """Same weights and settings: one line, the same scores, and they are in the report again after others came between. Anything else is marked."""
+    monkeypatch.setitem(TASKS, 'sayings', TaskSpec(lambda size, split: Sayings(), 0.25))
+    run = init_run(run_dir('sft', 'd2'), {}, TOK)
+    save_checkpoint(run, 7, tiny())
+    ask = lambda **kw: chat_eval(ChatEvalConfig(**dict(tasks='sayings,arithmetic', max_problems=5, max_new_tokens=8) | kw))
+    results = lambda: [r['tasks'] for r in read_jsonl(base_directory/'report'/'results.jsonl')]
+    first = ask()
+    capsys.readouterr()
+    again, (out, err) = ask(), capsys.readouterr()
+    assert again['skipped'] and {k: again[k] for k in first} == first and results() == [first['tasks']]
+    assert out.count('\n') == 1 and 'marked before' in out and err == ''
+    other = ask(tasks='arithmetic')
+    assert 'skipped' not in other and ask()['skipped'] and results() == [first['tasks'], other['tasks'], first['tasks']]
+    assert 'sayings' in generate_report(base_directory).read_text()
+    for kw in (dict(max_problems=4), dict(max_new_tokens=None), dict(force=True)): assert 'skipped' not in ask(**kw)
+    (run/'eval_sayings.jsonl').unlink()
+    assert 'skipped' not in ask() and (run/'eval_sayings.jsonl').exists()
+    model = tiny()
+    torch.nn.init.normal_(model.lm_head.weight)
+    save_checkpoint(run, 8, model)
+    assert ask()['step'] == 8 and 'skipped' not in ask(step=7, max_problems=3) and ask(step=8)['skipped']
+
+
+@pytest.mark.parametrize('kw', [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(max_problems=0), dict(batch_size=0)], ids=str)
+def test_sizes_below_one_are_refused(kw):
+    (name, value), = kw.items()
+    with pytest.raises(UserError, match=f'^{name} {value} .*--{name.replace("_", "-")} 1'): chat_eval(ChatEvalConfig(source='base', **kw))
 
 
 def test_samples_keep_tool_calls():

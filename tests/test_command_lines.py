@@ -150,6 +150,7 @@ def refused(capsys, home, words, script, *args):
     ('chat_sft', 'chat_eval', []),
     ('chat_sft', 'chat_rl', []),
     ('task', 'chat_eval', ['--tasks', 'juggling', '--source', 'base']),
+    ('max_new_tokens 0 is too small', 'chat_eval', ['--source', 'base', '--max-new-tokens', '0']),
     ('num_iterations 0', 'base_train', ['--depth', '1', '--num-iterations', '0']),
     ('num_iterations 0', 'chat_sft', ['--num-iterations', '0', *CHATS]),
     ('does not divide total_batch_size 100', 'chat_sft', ['--num-iterations', '1', '--total-batch-size', '100', *CHATS]),

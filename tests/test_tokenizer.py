@@ -359,6 +359,11 @@ def test_tok_eval_stays_off_the_network(own_corpus, tmp_path, monkeypatch, capsy
     assert {'prose', 'code', 'maths', 'chinese', 'arabic', 'emoji'} < set(table)
     assert any(k.endswith(' val') and row['ours (320)'] > 2 for k, row in table.items())
     assert 'chinese' in capsys.readouterr().out
+    again, out = E.tok_eval(E.TokEvalConfig(corpus=str(own_corpus))), capsys.readouterr().out
+    assert again['skipped'] and again['bytes_per_token'] == table and out.count('\n') == 1
+    assert 'skipped' not in E.tok_eval(E.TokEvalConfig(corpus=str(own_corpus), force=True)) and 'skipped' not in E.tok_eval(E.TokEvalConfig(corpus='none such'))
+    tok_train(TokTrainConfig(corpus=str(own_corpus), vocab_size=310))
+    assert E.tok_eval(E.TokEvalConfig(corpus=str(own_corpus)))['vocab_size'] == 310, 'another tokenizer is measured anew'
 
 
 def test_tok_eval_shows_an_encoding_that_is_on_disk(own_corpus, tmp_path, monkeypatch, tok):

@@ -6,7 +6,7 @@
 __all__ = ['BaseEvalConfig', 'held_out_ids', 'training_ids', 'mark_of', 'earlier', 'rival', 'verdict', 'base_eval', 'main']
 
 # %% ../../nbs/scripts/03_base_eval.ipynb #b612d666
-import dataclasses, hashlib, json, time
+import dataclasses, time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from ..checkpoint_manager import find_step, load_model, newest_tag, run_dir
-from ..common import Progress, UserError, base_dir, cli, detect_device, distributed, get_ranks, human_time, print0, read_jsonl
+from ..common import Progress, UserError, cli, detect_device, distributed, get_ranks, human_time, print0
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from ..dataset import Corpus, open_corpus
 from ..loss_eval import ngram_bpb
-from ..report import log_result
+from ..report import log_result, recall_result, result_mark
 from .base_train import samples, validation_bpb
 from ..tokenizer import RustBPETokenizer, token_bytes
 from ..train import close
@@ -64,13 +64,11 @@ def mark_of(cfg: BaseEvalConfig, meta: dict[str, Any], corpus: Corpus) -> str:
     "A hash of all that decides the result."
     weights = meta.get('files', {}).get('model.safetensors', {}).get('sha256')
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ('device', 'force', 'model_tag', 'step')}
-    return hashlib.sha256(json.dumps([settings, weights, corpus.manifest.get('fingerprint')], sort_keys=True).encode()).hexdigest()[:16]
+    return result_mark(settings, weights, corpus.manifest.get('fingerprint'))
 
 def earlier(mark: str, cfg: BaseEvalConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
     "The result of the same evaluation made before, unless it is to be made again."
-    if cfg.force or not meta.get('files'): return None
-    rows = read_jsonl(base_dir()/'report'/'results.jsonl')
-    return next((r for r in reversed(rows) if r.get('stage') == 'base_eval' and r.get('mark') == mark), None)
+    return recall_result('base_eval', mark) if meta.get('files') and not cfg.force else None
 
 # %% ../../nbs/scripts/03_base_eval.ipynb #ab9a371e
 def rival(cfg: BaseEvalConfig, tokenizer: RustBPETokenizer, corpus: Corpus, T: int) -> dict[str, float]:

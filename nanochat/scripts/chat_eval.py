@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS', 'TaskSpec', 'make_task', 'task_names', 'chosen', 'gathered', 'record', 'evaluate_task_generative', 'accuracy',
            'targets_of', 'answers_to', 'mean_losses', 'evaluate_task_ranked', 'letter_ids', 'evaluate_task_categorical',
-           'evaluate_task', 'centered', 'chat_core', 'standard_error', 'score_line', 'ChatEvalConfig', 'score_task',
-           'write_records', 'samples_from', 'chat_eval', 'main']
+           'evaluate_task', 'centered', 'chat_core', 'standard_error', 'score_line', 'ChatEvalConfig', 'check_settings',
+           'mark_of', 'earlier', 'score_task', 'write_records', 'samples_from', 'chat_eval', 'main']
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #0c1913d7
 import json, time
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ..checkpoint_manager import load_model, newest_tag, run_dir
 from ..common import Progress, UserError, atomic_write, cli, detect_device, distributed, get_ranks, print0
 from ..engine import Engine, last_logits
-from ..report import log_result
+from ..report import log_result, recall_result, result_mark
 from ..tasks.arithmetic import Arithmetic
 from ..tasks.common import Task, assistant, completion_text
 from ..tasks.pydoc import PyDoc
@@ -198,6 +198,25 @@ class ChatEvalConfig:
     max_new_tokens: int | None = None  # longest answer in tokens; each task knows a good value
     batch_size: int = 64  # answers decoded at the same time
     device: str | None = None  # cpu, cuda or mps; the best there is if left out
+    force: bool = False  # mark again what was marked before
+
+def check_settings(cfg: ChatEvalConfig) -> list[str]:
+    "The names of the tasks. Raises `UserError` for settings that cannot work, before any work begins."
+    for name in ('max_problems', 'batch_size', 'max_new_tokens'):
+        value = getattr(cfg, name)
+        if value is not None and value < 1: raise UserError(f"{name} {value} is too small; give --{name.replace('_', '-')} 1 or more")
+    return task_names(cfg.tasks)
+
+# %% ../../nbs/scripts/07_chat_eval.ipynb #da8d50e4
+def mark_of(cfg: ChatEvalConfig, names: list[str], tag: str, meta: dict[str, Any]) -> str:
+    "A hash of all that decides the scores."
+    weights = meta.get('files', {}).get('model.safetensors', {}).get('sha256')
+    return result_mark(cfg.source, tag, meta['step'], weights, meta.get('tokenizer'), names, cfg.max_problems, cfg.max_new_tokens)
+
+def earlier(cfg: ChatEvalConfig, names: list[str], run: Path, meta: dict[str, Any]) -> dict[str, Any] | None:
+    "The result of the same evaluation made before, unless it is to be made again."
+    if cfg.force or not meta.get('files') or not all((run/f'eval_{name}.jsonl').exists() for name in names): return None
+    return recall_result('chat_eval', mark_of(cfg, names, run.name, meta))
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #fcbfaba9
 def score_task(name: str, engine: Engine, cfg: ChatEvalConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -222,20 +241,23 @@ def samples_from(name: str, records: list[dict[str, Any]], count: int = 2) -> li
 # %% ../../nbs/scripts/07_chat_eval.ipynb #1e69f8df
 def chat_eval(cfg: ChatEvalConfig) -> dict[str, Any]:
     "Evaluate one checkpoint on every task; prints, records and returns the scores: {'source', 'tasks': {name: {'accuracy', 'chance', 'n', ...}}, 'chat_core', ...}."
-    names = task_names(cfg.tasks)
-    if cfg.max_problems < 1 or cfg.batch_size < 1: raise UserError('--max-problems and --batch-size must be at least 1')
+    names = check_settings(cfg)
     device, start = detect_device(cfg.device), time.monotonic()
     with distributed(device):
         tag = cfg.model_tag or newest_tag(cfg.source)
         model, tokenizer, meta = load_model(cfg.source, device, 'eval', tag, cfg.step)
         engine, run, scores, samples = Engine(model, tokenizer), run_dir(cfg.source, tag), {}, []
+        if done := earlier(cfg, names, run, meta):
+            print0(f"{cfg.source}/{tag}, step {meta['step']}: marked before with these settings, ChatCORE {done['chat_core']:.3f}; --force marks again")
+            return done | dict(skipped=True)
         print0(f"evaluating {cfg.source}/{tag}, step {meta['step']}, on {', '.join(names)}")
         for name in names:
             scores[name], records = score_task(name, engine, cfg)
             if get_ranks().is_main: write_records(run/f'eval_{name}.jsonl', records)
             samples += samples_from(name, records)
             print0(score_line(name, scores[name]))
-        result = dict(source=cfg.source, model_tag=tag, step=meta['step'], tasks=scores, chat_core=chat_core(scores), seconds=round(time.monotonic() - start, 2), samples=samples)
+        result = dict(source=cfg.source, model_tag=tag, step=meta['step'], tasks=scores, chat_core=chat_core(scores), seconds=round(time.monotonic() - start, 2),
+                      mark=mark_of(cfg, names, tag, meta), samples=samples)
         print0(f"ChatCORE {result['chat_core']:.3f} in {result['seconds']:.0f}s; every answer is in {run}")
         if get_ranks().is_main: log_result('chat_eval', result)
     return result

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'OTHERS', 'no_downloads', 'cached_encoding', 'head', 'compare', 'format_table', 'TokEvalConfig',
-           'corpus_texts', 'tok_eval', 'main']
+           'corpus_texts', 'mark_of', 'tok_eval', 'main']
 
 # %% ../../nbs/scripts/01_tok_eval.ipynb #65c24b5f
 import contextlib, time
@@ -16,7 +16,7 @@ import tiktoken, tiktoken.load
 
 from ..common import UserError, cli, get_ranks, print0
 from ..dataset import open_corpus
-from ..report import log_result
+from ..report import log_result, recall_result, result_mark
 from ..tokenizer import RustBPETokenizer, get_tokenizer
 
 # %% ../../nbs/scripts/01_tok_eval.ipynb #8afbacd9
@@ -111,6 +111,7 @@ class TokEvalConfig:
     directory: str = ''  # a tokenizer's directory; empty for the base directory's tokenizer/
     corpus: str = 'stdlib'  # measure on this corpus too, if it is prepared
     max_chars: int = 1_000_000  # read at most so many characters of each split
+    force: bool = False  # measure again what was measured before
 
 def corpus_texts(name: str, max_chars: int) -> dict[str, str]:
     "Some text of both splits of a prepared corpus; nothing if there is none."
@@ -118,18 +119,29 @@ def corpus_texts(name: str, max_chars: int) -> dict[str, str]:
     except UserError: return {}
     return {f'{corpus.name} {split}': head(corpus.documents(split), max_chars) for split in ('train', 'val')}
 
-# %% ../../nbs/scripts/01_tok_eval.ipynb #61de3cb6
+# %% ../../nbs/scripts/01_tok_eval.ipynb #c1bb3a6b
+def mark_of(cfg: TokEvalConfig, fingerprint: str, labels: list[str]) -> str:
+    "A hash of all that decides the table, for the tokenizer of that fingerprint beside the encodings `labels`."
+    try: corpus = open_corpus(cfg.corpus).manifest.get('fingerprint')
+    except UserError: corpus = None
+    return result_mark(fingerprint, labels, SAMPLES, cfg.corpus, corpus, cfg.max_chars)
+
+# %% ../../nbs/scripts/01_tok_eval.ipynb #9287d91f
 def tok_eval(cfg: TokEvalConfig) -> dict[str, Any]:
     "Print and return bytes per token by kind of text, for our tokenizer and OpenAI's where they are on disk. Raises `UserError`."
     if cfg.max_chars < 1: raise UserError(f'max_chars must be at least 1, not {cfg.max_chars}; leave out --max-chars for the default')
     if not get_ranks().is_main: return {}
     start, ours = time.perf_counter(), get_tokenizer(cfg.directory or None)
     others = {label: enc for name, label in OTHERS.items() if (enc := cached_encoding(name))}
+    mark = mark_of(cfg, ours.fingerprint(), list(others))
+    if not cfg.force and (done := recall_result('tok_eval', mark)):
+        print0('tok_eval: measured before with this tokenizer and these texts; --force measures again')
+        return done | dict(skipped=True)
     encodings = {f'{label} ({enc.n_vocab})': enc for label, enc in {'ours': ours.enc, **others}.items()}
     texts = SAMPLES | {k: v for k, v in corpus_texts(cfg.corpus, cfg.max_chars).items() if v}
     table = compare(texts, encodings)
     result = dict(vocab_size=ours.get_vocab_size(), fingerprint=ours.fingerprint(), longest_token_bytes=max(map(len, ours._ranks)),
-                  bytes_per_token=table, seconds=round(time.perf_counter() - start, 2))
+                  bytes_per_token=table, seconds=round(time.perf_counter() - start, 2), mark=mark)
     print0('bytes per token (more is shorter)\n' + format_table(table))
     if len(others) < len(OTHERS): print0('not shown, for tiktoken has them not on disk: ' + ', '.join(label for label in OTHERS.values() if label not in others))
     log_result('tok_eval', result)
