@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Config', 'UserError', 'available_devices', 'detect_device', 'cpu_has_bf16', 'compute_dtype', 'Ranks',
            'get_ranks', 'print0', 'distributed', 'base_dir', 'fsync_path', 'temporary_name', 'atomic_file',
-           'atomic_write', 'exchange', 'atomic_dir', 'require_space', 'sha256_file', 'human', 'human_time',
-           'json_clean', 'append_jsonl', 'read_jsonl', 'Progress', 'git_commit', 'peak_memory_bytes', 'cpu_name',
-           'environment', 'fits', 'load_config', 'parse_config', 'cli']
+           'atomic_write', 'exchange', 'atomic_dir', 'require_space', 'require_folder', 'sha256_file', 'human',
+           'human_time', 'json_clean', 'append_jsonl', 'read_jsonl', 'Progress', 'git_commit', 'peak_memory_bytes',
+           'cpu_name', 'environment', 'fits', 'load_config', 'parse_config', 'cli']
 
 # %% ../nbs/00_common.ipynb #19be7557
 import contextlib, dataclasses, hashlib, json, math, os, platform, shutil, subprocess, sys, tempfile, time, tomllib, types
@@ -175,6 +175,16 @@ def require_space(path: Path | str, nbytes: int) -> None:
     free = shutil.disk_usage(path).free
     if free < nbytes:
         raise UserError(f'this needs {human(nbytes, "B")} of disk and only {human(free, "B")} are free; free some space or set NANOCHAT_BASE_DIR to another disk')
+
+def require_folder(path: Path | str) -> None:
+    "Raise `UserError` unless a folder can be made at `path`, or is there; tries it with a temporary one beside, and leaves nothing behind."
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir(): raise FileExistsError(0, 'a file of that name is there')
+        parent = path.parent
+        while not parent.exists(): parent = parent.parent
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as e: raise UserError(f'cannot write to {path}: {e.strerror}; give a folder that can be made') from e
 
 def sha256_file(path: Path | str) -> str:
     "The SHA-256 of a file's contents, in hex."

@@ -154,6 +154,13 @@ def refused(capsys, home, words, script, *args):
     ('num_iterations 0', 'base_train', ['--depth', '1', '--num-iterations', '0']),
     ('num_iterations 0', 'chat_sft', ['--num-iterations', '0', *CHATS]),
     ('does not divide total_batch_size 100', 'chat_sft', ['--num-iterations', '1', '--total-batch-size', '100', *CHATS]),
+    ('cannot write to .*0.txt/tok: Not a directory', 'tok_train', ['--corpus', 'MINE', '--vocab-size', '290', '--out', 'MINE/0.txt/tok']),
+    ('cannot write to .*0.txt: a file', 'tok_train', ['--corpus', 'MINE', '--vocab-size', '290', '--out', 'MINE/0.txt']),
+    ('temperature nan', 'chat_rl', ['--source', 'base', '--temperature', 'nan']),
+    ('max_new_tokens 0 ', 'chat_rl', ['--source', 'base', '--max-new-tokens', '0']),
+    ('matrix_lr -1 .*from 0 up', 'chat_rl', ['--source', 'base', '--matrix-lr=-1']),
+    ('embedding_lr nan', 'chat_rl', ['--source', 'base', '--embedding-lr', 'nan']),
+    ('save_every -1 ', 'chat_rl', ['--source', 'base', '--save-every=-1']),
     ('no tokenizer at', 'tok_eval', ['--directory', 'MINE']),
 ])
 def test_a_wrong_value_is_one_sentence(home, mine, capsys, words, script, args):

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import common
 from nanochat.common import (Progress, Ranks, UserError, append_jsonl, atomic_dir, atomic_file, atomic_write, base_dir, cli, compute_dtype,
-                             detect_device, exchange, get_ranks, load_config, parse_config, peak_memory_bytes, print0, read_jsonl, require_space)
+                             detect_device, exchange, get_ranks, load_config, parse_config, peak_memory_bytes, print0, read_jsonl, require_folder, require_space)
 
 
 # Files and directories
@@ -112,6 +112,14 @@ def test_everything_is_synced_before_it_is_named(tmp_path, monkeypatch):
 def test_space_is_asked_for_where_the_folder_will_be(tmp_path):
     require_space(tmp_path/'not'/'yet'/'there', 1)
     with pytest.raises(UserError, match='free some space'): require_space(tmp_path/'not'/'yet', 10**18)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path/'file').write_text('mine')
+    for path in (tmp_path/'file', tmp_path/'file'/'below', tmp_path/'file'/'far'/'below', tmp_path/('x' * 300), Path('/proc/nanochat/here')):
+        with pytest.raises(UserError, match=f'cannot write to {path}: .*; give a folder'): require_folder(path)
+    for path in (tmp_path, tmp_path/'new', tmp_path/'not'/'yet'): require_folder(path)
+    assert [p.name for p in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine', 'nothing is left behind'
 
 
 def test_base_directory(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ def test_measuring_changes_nothing(vowels):
 
 
 @pytest.mark.parametrize('kw, word', [(dict(task='chess'), 'chess'), (dict(task='pydoc'), 'multiple choice'), (dict(num_samples=1), 'num-samples'), (dict(temperature=0.0), 'temperature'),
-                                      (dict(num_iterations=0), 'at least 1'), (dict(source='other'), 'other')], ids=str)
+                                      (dict(num_iterations=0), 'num-iterations takes 1 or more'), (dict(source='other'), 'other')], ids=str)
 def test_bad_settings_are_refused(kw, word):
     with pytest.raises(UserError, match=word): chat_rl(ChatRLConfig(**kw))
 
