@@ -1,6 +1,5 @@
 """What fine-tuning trains on: every part in its size, and the same parts, other items, held out."""
 import dataclasses
-import json
 
 import pytest
 
@@ -9,7 +8,7 @@ from nanochat.scripts import chat_sft as sft, mid_train as mt
 from nanochat.tasks.common import completion_text
 from nanochat.tasks.customjson import identity_conversations
 
-NONE = dict(dict.fromkeys(mt.PARTS, 0), identity=0, turns=1)
+NONE = dict(dict.fromkeys(mt.PARTS, 0), identity=0)
 HEADS = {'spelling_bee': ".count('", 'simple_spelling': 'e', 'arithmetic': '<|python_start|>', 'arithmetic_stories': '<|python_start|>'}  # in some answer of the part
 
 
@@ -21,7 +20,7 @@ def test_the_sizes_that_were_chosen():
     for config in (sft.ChatSFTConfig(), mt.MidTrainConfig()):
         assert {name: getattr(config, name) for name in mt.PARTS} == wanted and config.identity == 2
         assert not set(mt.PARTS) & set(mt.INCIDENTAL)  # another mixture is another run
-    assert len(mt.mixture(mt.TuneConfig(turns=1))) == sum(wanted.values()) + 2 * len(identity_conversations())
+    assert len(mt.mixture(mt.TuneConfig())) == sum(wanted.values()) + 2 * len(identity_conversations())
 
 
 @pytest.mark.parametrize('name', mt.PARTS)
@@ -39,7 +38,7 @@ def test_every_part_is_trained_and_watched(name):
 
 def test_validation_covers_what_is_trained_and_nothing_else():
     sizes = {name: 7 + n for n, name in enumerate(mt.PARTS)}
-    cfg = mt.TuneConfig(**sizes, identity=0, eval_size=5, turns=1)
+    cfg = mt.TuneConfig(**sizes, identity=0, eval_size=5)
     assert len(mt.mixture(cfg)) == sum(sizes.values()) and len(mt.held_out(cfg)) == 5 * len(sizes)
     assert len(mt.held_out(dataclasses.replace(cfg, pydoc_choice=0, arithmetic=0))) == 5 * (len(sizes) - 2)
     kinds = {(t.__class__, getattr(t, 'kind', None), getattr(t, 'level', None), getattr(t, 'plain', None), t.split) for t in mt.parts(cfg, 'test', 5)}
@@ -62,14 +61,3 @@ def test_identity_is_repeated_and_the_order_is_the_seeds():
 def test_empty_and_negative_sizes_are_refused():
     with pytest.raises(UserError, match='mixture is empty'): mt.mixture(mt.TuneConfig(**NONE))
     with pytest.raises(UserError, match='--pydoc-name 0'): mt.mixture(mt.TuneConfig(**NONE | dict(pydoc_name=-5)))
-
-
-def test_questions_are_strung_together_but_your_own_conversations_are_not(tmp_path):
-    own = [[dict(role='user', content=f'own {n}'), dict(role='assistant', content='yes')] for n in range(20)]
-    (tmp_path/'own.jsonl').write_text(''.join(json.dumps(messages) + '\n' for messages in own))
-    sizes = NONE | dict(arithmetic=100, simple_spelling=100, custom=str(tmp_path/'own.jsonl'))
-    apart, strung = (mt.mixture(mt.TuneConfig(**sizes | dict(turns=n))) for n in (1, 3))
-    said = lambda task: sorted(m['content'] for c in task for m in c['messages'] if m['role'] == 'user')
-    assert said(apart) == said(strung) and len(apart) == 220 and len(strung) < 160
-    assert all(len(c['messages']) == 2 for c in strung if c['messages'][0]['content'].startswith('own'))
-    assert max(len(c['messages']) for c in strung) == 6

@@ -14,7 +14,7 @@ from nanochat.common import UserError
 from nanochat.execution import use_calculator
 from nanochat.tasks import common, customjson, pydoc
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.tasks.common import (Task, TaskChain, TaskMixture, TaskSequence, check_conversation, completion_text, final_number,
+from nanochat.tasks.common import (Task, TaskMixture, TaskSequence, check_conversation, completion_text, final_number,
                                    load_hub, offline_words, render_mc, spoken_text)
 from nanochat.tasks.customjson import CustomJSON, identity_conversations, identity_task
 from nanochat.tasks.pydoc import PyDoc
@@ -313,12 +313,3 @@ def test_rendering_trains_on_what_the_assistant_wrote(name):
         assert spoken_text(trained) == spoken_text(completion_text(c)) and question(c) not in trained
         content = c['messages'][-1]['content']
         if isinstance(content, list): assert content[0]['text'] in trained and '<|output_start|>' not in trained
-
-
-def test_chains_hold_every_question_once_in_order():
-    plain = TaskMixture([SimpleSpelling(40), Arithmetic(40)], seed=3)
-    chain = TaskChain(plain, longest=3, seed=5)
-    turns = [m for c in chain for m in check_conversation(c)['messages']]
-    assert turns == [m for c in plain for m in c['messages']]
-    assert {len(c['messages']) for c in chain} == {2, 4, 6}
-    with pytest.raises(UserError): TaskChain(plain, longest=0)

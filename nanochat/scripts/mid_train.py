@@ -25,7 +25,7 @@ from ..gpt import GPT, GPTConfig
 from ..report import log_result
 from ..scaling import TrainPlan, check_batch, plan_training
 from ..tasks.arithmetic import Arithmetic
-from ..tasks.common import Task, TaskChain, TaskMixture, assistant, user
+from ..tasks.common import Task, TaskMixture, assistant, user
 from ..tasks.customjson import CustomJSON, identity_task
 from ..tasks.pydoc import PyDoc
 from ..tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -56,8 +56,7 @@ class TuneConfig:
     pydoc_choice: int = 0  # the same with a letter before each name
     pydoc: int = 1500  # what does a function of the standard library do?
     identity: int = 2  # times that the conversations about the model itself are repeated
-    turns: int = 3  # questions strung together to one conversation, at most; 1: each stands alone
-    custom: str = ''  # a JSON-lines file with your own conversations, left as they are
+    custom: str = ''  # a JSON-lines file with your own conversations
     seed: int = 42  # order of the mixture
     eval_every: int = 0  # steps between evaluations; 0: five in the run, -1: only at the end
     eval_size: int = 16  # held-out conversations of each task
@@ -93,10 +92,9 @@ def parts(cfg: TuneConfig, split: str, size: int | None = None) -> list[Task]:
 def mixture(cfg: TuneConfig) -> Task:
     "All training conversations in one shuffled order. Raises `UserError` when every size is 0."
     custom = [CustomJSON(cfg.custom)] if cfg.custom else []  # your file is read first: it alone can be wrong
-    ours = parts(cfg, 'train') + [identity_task()] * cfg.identity
-    if not ours + custom: raise UserError('the mixture is empty; give at least one size above 0, for instance --arithmetic 8000')
-    chained = [TaskChain(TaskMixture(ours, seed=cfg.seed), cfg.turns, seed=cfg.seed)] if ours else []
-    return TaskMixture(chained + custom, seed=cfg.seed)
+    tasks = parts(cfg, 'train') + [identity_task()] * cfg.identity + custom
+    if not tasks: raise UserError('the mixture is empty; give at least one size above 0, for instance --arithmetic 8000')
+    return TaskMixture(tasks, seed=cfg.seed)
 
 def held_out(cfg: TuneConfig) -> Task:
     "Conversations that are never trained on, `eval_size` of every part."
@@ -159,7 +157,7 @@ def stored_settings(cfg: TuneConfig, run: Path) -> TuneConfig:
     return dataclasses.replace(cfg, **{k: stored[k] for k in decisive(cfg, INCIDENTAL) if k in stored})
 
 COUNT, SHARE, POSITIVE = ('1 or more', lambda v: v >= 1), ('0 to 1', lambda v: 0 <= v <= 1), ('a number above 0', lambda v: 0 < v < math.inf)
-RANGES = {**dict.fromkeys(('num_iterations', 'device_batch_size', 'total_batch_size', 'keep', 'eval_size', 'turns'), COUNT), 'warmdown_ratio': SHARE,
+RANGES = {**dict.fromkeys(('num_iterations', 'device_batch_size', 'total_batch_size', 'keep', 'eval_size'), COUNT), 'warmdown_ratio': SHARE,
           **dict.fromkeys(('epochs', 'minutes', 'rate'), POSITIVE), **dict.fromkeys((*PARTS, 'identity'), ('0 or more', lambda v: v >= 0))}
 
 def check_settings(cfg: TuneConfig, stage: Stage) -> None:

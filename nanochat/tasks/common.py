@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PART_TYPES', 'user', 'assistant', 'tool_answer', 'check_conversation', 'Task', 'TaskSequence', 'TaskMixture',
-           'TaskChain', 'render_mc', 'spoken_text', 'final_number', 'completion_text', 'split_of', 'check_split',
-           'stdlib_files', 'cached_json', 'count_words', 'offline_words', 'load_hub']
+           'render_mc', 'spoken_text', 'final_number', 'completion_text', 'split_of', 'check_split', 'stdlib_files',
+           'cached_json', 'count_words', 'offline_words', 'load_hub']
 
 # %% ../../nbs/tasks/00_common.ipynb #275a9546
 import functools, hashlib, json, random, re, sys, sysconfig
@@ -113,22 +113,6 @@ class TaskMixture(TaskSequence):
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **window: Any):
         super().__init__(tasks, **window)
         random.Random(seed).shuffle(self.order)
-
-# %% ../../nbs/tasks/00_common.ipynb #82a8c838
-class TaskChain(Task):
-    "The conversations of `task` strung together, 1 to `longest` at a time. System messages after the first are left out: a conversation has one."
-    def __init__(self, task: Task, longest: int = 3, seed: int = 42, **window: Any):
-        super().__init__(**window)
-        if longest < 1: raise UserError(f'conversations of {longest} questions are empty; give longest=1 or more')
-        self.task, rng, self.starts = task, random.Random(seed), [0]
-        while self.starts[-1] < len(task): self.starts.append(min(self.starts[-1] + rng.randint(1, longest), len(task)))
-
-    def num_examples(self) -> int: return len(self.starts) - 1
-
-    def get_example(self, index: int) -> dict:
-        first, *rest = (self.task[i] for i in range(*self.starts[index:index + 2]))
-        if not rest: return first
-        return {'messages': first['messages'] + [m for c in rest for m in c['messages'] if m['role'] != 'system']}
 
 # %% ../../nbs/tasks/00_common.ipynb #d985a2cc
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
