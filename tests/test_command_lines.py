@@ -139,6 +139,8 @@ def refused(capsys, home, words, script, *args):
     ('the corpus has no name', 'tok_train', ['--corpus', '']),
     ("window_pattern 'X' may only contain S and L", 'train_bench', ['--window-pattern', 'X']),
     ('vocabulary and sequence length must be at least 1', 'train_bench', ['--vocab-size', '0']),
+    ('total_batch_size 0 is too small', 'base_train', ['--depth', '1', '--total-batch-size', '0']),
+    ('target_param_data_ratio 0.0 must be positive', 'base_train', ['--depth', '1', '--target-param-data-ratio', '0']),
     ("recipe 'best' is unknown", 'base_train', ['--depth', '1', '--recipe', 'best']),
     ("corpus 'nowhere'", 'base_train', ['--depth', '1', '--corpus', 'nowhere']),
     ("device 'tpu' is not available", 'base_train', ['--device', 'tpu']),

@@ -104,7 +104,7 @@ def make_plan(cfg: BaseTrainConfig, config: GPTConfig, world_size: int, num_iter
     "The training plan for these settings; `num_iterations` when a budget of minutes has been turned into steps."
     return plan_training(config, device_batch_size=cfg.device_batch_size, world_size=world_size, total_batch_size=cfg.total_batch_size,
                          num_iterations=num_iterations or cfg.num_iterations, target_flops=cfg.target_flops,
-                         target_param_data_ratio=cfg.target_param_data_ratio or 12, recipe=cfg.recipe, lr_scale=cfg.lr_scale, weight_decay=cfg.weight_decay)
+                         target_param_data_ratio=12 if cfg.target_param_data_ratio is None else cfg.target_param_data_ratio, recipe=cfg.recipe, lr_scale=cfg.lr_scale, weight_decay=cfg.weight_decay)
 
 def identity(cfg: BaseTrainConfig, tokenizer: RustBPETokenizer, corpus: Corpus) -> dict[str, Any]:
     "All that decides the result of a run: settings, tokenizer and text."
