@@ -140,23 +140,23 @@ def evaluate_policy(engine: Engine, task: Task, *, max_problems: int, num_sample
         if k <= num_samples: out[f'pass@{k}'] = mean([pass_at_k(num_samples, c, k) for c in right])
     return out
 
-# %% ../../nbs/scripts/06_chat_rl.ipynb #c33de302
+# %% ../../nbs/scripts/06_chat_rl.ipynb #4dbc9b0a
 @dataclass
 class ChatRLConfig:
     "Improve a fine-tuned model on one verifiable task."
-    task: str = 'simplespelling'  # one that fine-tuning left unfinished
+    task: str = 'arithmetic3'  # one that fine-tuning left unfinished
     source: str = 'sft'  # the stage to start from: base, mid, sft or rl
     model_tag: str | None = None  # its run; the deepest if left out. The new run gets the same name
     step: int | None = None  # which of its checkpoints; the newest if left out
     num_iterations: int = 60  # updates
     minutes: float | None = None  # or as many updates as fit into so many minutes, evaluations included
-    examples_per_step: int = 8  # questions per update, over all ranks
+    examples_per_step: int = 24  # questions per update, over all ranks
     num_samples: int = 16  # answers per question
     max_new_tokens: int | None = None  # longest answer; the task knows a good value
     temperature: float = 1.0  # of the sampled answers
     top_k: int = 50  # of the sampled answers; 0 considers every token
-    init_lr_frac: float = 0.05  # all rates start at this share of pretraining's
-    embedding_lr: float = 0.3  # pretraining's rates
+    init_lr_frac: float = 0.1  # all of the following rates start at this share of their values
+    embedding_lr: float = 0.03  # of the embeddings, a tenth of pretraining's
     unembedding_lr: float = 0.008  # of the head
     matrix_lr: float = 0.02  # of the matrices
     scalar_lr: float = 0.0  # of the scalars; each of them moves a whole layer, so noise in it costs most
