@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
-           'load_results', 'result_mark', 'recall_result', 'merge_steps', 'Series', 'series', 'smooth', 'thin',
-           'nice_ticks', 'Plot', 'tick', 'legend', 'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table', 'Section',
-           'Report', 'words', 'facts', 'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run', 'load_stages',
-           'loss_plots', 'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores', 'by_source',
-           'show_score', 'across', 'score_bars', 'score_table', 'score_section', 'total_seconds', 'time_section',
-           'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot', 'render_markdown',
-           'render_html', 'generate_report']
+           'load_results', 'result_mark', 'show_again', 'recall_result', 'merge_steps', 'Series', 'series', 'smooth',
+           'thin', 'nice_ticks', 'Plot', 'tick', 'legend', 'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table',
+           'Section', 'Report', 'words', 'facts', 'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run',
+           'load_stages', 'loss_plots', 'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores',
+           'by_source', 'show_score', 'across', 'score_bars', 'score_table', 'score_section', 'total_seconds',
+           'time_section', 'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot',
+           'render_markdown', 'render_html', 'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
 import datetime, hashlib, html, json, math, re
@@ -48,15 +48,20 @@ def result_mark(*parts: Any) -> str:
     "A hash of all that decides a result; `parts` are what JSON can hold."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+def _bare(row: dict) -> dict:
+    "A logged line as the result it was."
+    return {k: v for k, v in row.items() if k not in ('stage', 'time')}
+
+def show_again(stage: str, result: dict[str, Any], base: Path | None = None) -> None:
+    "Log an old result again, unless it is what the report shows anyway: the newest of its stage, and for chat_eval of its `source`."
+    rows = [r for r in load_results(base or base_dir())[stage] if stage != 'chat_eval' or r.get('source') == result.get('source')]
+    if get_ranks().is_main and _storable(result) not in [_bare(r) for r in rows[-1:]]: log_result(stage, result, base)
+
 def recall_result(stage: str, mark: str, base: Path | None = None) -> dict[str, Any] | None:
-    "The latest result of a stage with this mark, or None. It becomes the one that the report shows for its `source`."
-    rows = load_results(base or base_dir())[stage]
-    found = next((r for r in reversed(rows) if r.get('mark') == mark), None)
-    if found is None: return None
-    result = {k: v for k, v in found.items() if k not in ('stage', 'time')}
-    newest = [r for r in rows if r.get('source') == found.get('source')][-1]
-    if newest is not found and get_ranks().is_main: log_result(stage, result, base)
-    return result
+    "The latest result of a stage with this mark, or None; the report shows it again."
+    found = next((_bare(r) for r in reversed(load_results(base or base_dir())[stage]) if r.get('mark') == mark), None)
+    if found is not None: show_again(stage, found, base)
+    return found
 
 # %% ../nbs/15_report.ipynb #7de0da37
 def merge_steps(rows: Iterable[dict]) -> list[dict]:

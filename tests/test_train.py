@@ -380,6 +380,22 @@ def test_same_command_again_is_skipped_and_another_is_refused(home):
     assert bt.base_train(dataclasses.replace(other, model_tag='mine'))['num_iterations'] == 4
 
 
+def test_a_finished_run_is_shown_again_after_another(home):
+    """The report shows the newest line of each stage: after runs a, b and a again, that is a, in pretraining, its evaluation and fine-tuning."""
+    rows = lambda stage: [r['tag'] for r in read_jsonl(home/'report'/'results.jsonl') if r['stage'] == stage]
+    def pipeline(tag):
+        bt.base_train(bt.BaseTrainConfig(**TINY | dict(sequence_len=128, device_batch_size=2), num_iterations=2, seed=ord(tag), model_tag=tag))
+        be.base_eval(be.BaseEvalConfig(model_tag=tag, eval_tokens=256, device_batch_size=2, ngram_tokens=0))
+        sft.chat_sft(sft.ChatSFTConfig(**CHATS, num_iterations=2, model_tag=tag))
+    for tag in 'aabba': pipeline(tag)
+    assert rows('base_train') == rows('base_eval') == rows('chat_sft') == ['a', 'b', 'a']
+    be.base_eval(be.BaseEvalConfig(source='sft', model_tag='a', eval_tokens=256, device_batch_size=2, ngram_tokens=0))
+    pipeline('a')
+    last = read_jsonl(home/'report'/'results.jsonl')[-1]
+    assert (last['stage'], last['source'], last['tag']) == ('base_eval', 'base', 'a'), 'the evaluation of another stage came between'
+    assert {k: v for k, v in last.items() if k != 'time'} == {k: v for k, v in read_jsonl(home/'report'/'results.jsonl')[1].items() if k != 'time'}
+
+
 def test_another_tokenizer_makes_it_another_run(home, prepared):
     cfg = bt.BaseTrainConfig(**TINY, num_iterations=3)
     bt.base_train(cfg)

@@ -23,7 +23,7 @@ from ..dataset import Corpus, open_corpus
 from ..engine import Engine
 from ..gpt import GPT, GPTConfig
 from ..loss_eval import evaluate_bpb
-from ..report import log_result
+from ..report import log_result, show_again
 from ..scaling import PRESETS, TrainPlan, get_preset, gpt_config, plan_training
 from ..tokenizer import RustBPETokenizer, get_tokenizer, token_bytes
 from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, peak_flops, run_job, steps_within
@@ -216,6 +216,7 @@ def base_train(cfg: BaseTrainConfig) -> dict[str, Any]:
         setup = prepare(cfg, device, ranks)
         done = finished(setup.run) if setup.stored else None
         if done:
+            show_again('base_train', done)
             print0(f'{setup.run.name} is complete with these settings: {setup.run}')
             return done | dict(skipped=True)
         if by_the_clock(setup.cfg) and not setup.stored: setup.plan = within_minutes(setup, start)

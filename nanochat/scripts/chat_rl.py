@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint_manager import init_run, load_model, newest_tag, run_dir, save_checkpoint, settle_run
 from ..common import Progress, UserError, append_jsonl, atomic_write, cli, detect_device, distributed, get_ranks, peak_memory_bytes, print0, read_jsonl
 from ..engine import Engine
-from ..report import log_result
+from ..report import log_result, show_again
 from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task
 from ..tasks.common import Task
 from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, iterations_for, resume, sum_gradients, trim_metrics
@@ -321,6 +321,7 @@ def chat_rl(cfg: ChatRLConfig) -> dict[str, Any]:
     with distributed(device):
         r, done = prepare(cfg, device, cfg.model_tag or newest_tag(cfg.source), start)
         if done:
+            show_again('chat_rl', finished(r.run))
             print0(f'chat_rl: {r.run} is finished; --fresh begins again')
             return finished(r.run)
         print0(f'chat_rl: {r.cfg.num_iterations} updates on {r.cfg.task}, {r.cfg.examples_per_step} questions x {r.cfg.num_samples} answers each; metrics and checkpoints go to {r.run}')

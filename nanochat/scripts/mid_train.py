@@ -22,7 +22,7 @@ from ..common import Ranks, UserError, atomic_write, cli, detect_device, distrib
 from ..dataloader import chat_data_loader
 from ..engine import Engine
 from ..gpt import GPT, GPTConfig
-from ..report import log_result
+from ..report import log_result, show_again
 from ..scaling import TrainPlan, check_batch, plan_training
 from ..tasks.arithmetic import Arithmetic
 from ..tasks.common import Task, TaskMixture, assistant, user
@@ -264,6 +264,7 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
         setup = prepare(cfg, stage, device, ranks)
         done = finished(setup.run) if setup.stored else None
         if done:
+            show_again(stage.name, done)
             print0(f'{setup.run.name} is complete with these settings: {setup.run}')
             return done | dict(skipped=True)
         if setup.cfg.minutes and setup.cfg.num_iterations is None and not setup.stored: setup.plan = within_minutes(setup, start)
