@@ -16,7 +16,7 @@ def asked(task): return [c['messages'][-2]['content'] for c in task]
 
 
 def test_the_sizes_that_were_chosen():
-    wanted = dict(spelling_bee=12000, simple_spelling=6000, arithmetic=6000, arithmetic_stories=200, pydoc_name=8000, pydoc_pick=4000, pydoc_choice=0, pydoc=1500)
+    wanted = dict(spelling_bee=12000, simple_spelling=6000, arithmetic=6000, arithmetic_stories=300, pydoc_name=8000, pydoc_pick=4000, pydoc_choice=0, pydoc=1500)
     for config in (sft.ChatSFTConfig(), mt.MidTrainConfig()):
         assert {name: getattr(config, name) for name in mt.PARTS} == wanted and config.identity == 2
         assert not set(mt.PARTS) & set(mt.INCIDENTAL)  # another mixture is another run

@@ -50,7 +50,7 @@ class TuneConfig:
     spelling_bee: int = 12000  # conversations that count letters with the calculator, three in ten without quotes
     simple_spelling: int = 6000  # words spelled out
     arithmetic: int = 6000  # sums and products with the calculator
-    arithmetic_stories: int = 200  # the same as little stories; few, so that reinforcement learning has something to do
+    arithmetic_stories: int = 300  # the same as little stories; few, so that reinforcement learning has something to do
     pydoc_name: int = 8000  # which function of the standard library does this?
     pydoc_pick: int = 4000  # the same with four names to pick from
     pydoc_choice: int = 0  # the same with a letter before each name
