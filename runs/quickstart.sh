@@ -3,7 +3,7 @@
 #
 #   bash runs/quickstart.sh [--minutes N] [--depth D] [--no-chat] [--fresh]
 #
-#   --minutes N   time for pretraining, fine-tuning and reinforcement learning together (default 6)
+#   --minutes N   time for pretraining, fine-tuning and reinforcement learning together (default 7)
 #   --depth D     layers of the model; width and everything else follow from it (default 4)
 #   --no-chat     stop after the report
 #   --fresh       train again what is already there
@@ -17,7 +17,7 @@ cd "$ROOT"
 . runs/_env.sh
 started=$SECONDS
 
-minutes=6 depth=4 chat=1 fresh=()
+minutes=7 depth=4 chat=1 fresh=()
 while [ $# -gt 0 ]; do
     case $1 in
         --minutes|--depth) [ $# -gt 1 ] || die "$1 needs a number, for instance: bash runs/quickstart.sh $1 6"
@@ -46,19 +46,19 @@ stage "2/8  Tokenizer: 4,096 byte pairs (10 s)"
 python -m nanochat.scripts.tok_train --vocab-size 4096
 python -m nanochat.scripts.tok_eval
 
-stage "3/8  Pretraining: predict the next token ($(share .45) min)"
-python -m nanochat.scripts.base_train --preset tiny-cpu --depth "$depth" --minutes "$(share .45)" ${fresh[@]+"${fresh[@]}"}
+stage "3/8  Pretraining: predict the next token ($(share .39) min)"
+python -m nanochat.scripts.base_train --preset tiny-cpu --depth "$depth" --minutes "$(share .39)" ${fresh[@]+"${fresh[@]}"}
 
 stage "4/8  Evaluation: bits per byte beside a 5-gram model, samples (20 s)"
 python -m nanochat.scripts.base_eval --model-tag "$tag"
 
-stage "5/8  Fine-tuning on chat: spelling, counting, arithmetic, questions about Python ($(share .37) min)"
-python -m nanochat.scripts.chat_sft --model-tag "$tag" --minutes "$(share .37)" ${fresh[@]+"${fresh[@]}"}
+stage "5/8  Fine-tuning on chat: spelling, counting, arithmetic, questions about Python ($(share .33) min)"
+python -m nanochat.scripts.chat_sft --model-tag "$tag" --minutes "$(share .33)" ${fresh[@]+"${fresh[@]}"}
 python -m nanochat.scripts.chat_eval --source sft --model-tag "$tag"
 
-stage "6/8  Reinforcement learning on stories with sums, which fine-tuning left unfinished ($(share .18) min)"
+stage "6/8  Reinforcement learning on stories with sums, which fine-tuning left unfinished ($(share .28) min)"
 # Little stories are what fine-tuning saw too few of. These rates gained most here; dev/LOG.md has the others.
-python -m nanochat.scripts.chat_rl --model-tag "$tag" --task arithmetic3 --minutes "$(share .18)" --examples-per-step 24 --eval-problems 300 \
+python -m nanochat.scripts.chat_rl --model-tag "$tag" --task arithmetic3 --minutes "$(share .28)" --examples-per-step 24 --eval-problems 300 \
     --embedding-lr 0.03 --init-lr-frac 0.1 ${fresh[@]+"${fresh[@]}"}
 
 stage "7/8  Evaluation on held-out items"
