@@ -25,10 +25,10 @@ class Parrot:
         tool = [special('<|python_start|>'), *t.encode('12*7'), special('<|python_end|>'), special('<|output_start|>'), *t.encode('84'), special('<|output_end|>')]
         return itertools.chain(tool if 'tool' in question else [], itertools.chain.from_iterable(t.encode(f'{question}🦜 ') for _ in range(self.repeat)), [special('<|assistant_end|>')])
 
-    def generate(self, tokens, max_tokens=None, temperature=1.0, top_k=None, seed=42):
+    def generate(self, tokens, max_tokens=None, temperature=1.0, top_k=None, seed=42, top_p=None):
         text = self.tokenizer.decode(tokens)
         question = text.rsplit('<|user_start|>', 1)[1].split('<|user_end|>')[0]
-        self.note(event='start', prompt=text, temperature=temperature, top_k=top_k, seed=seed)
+        self.note(event='start', prompt=text, temperature=temperature, top_k=top_k, seed=seed, top_p=top_p)
         said = 0
         try:
             for said, token in enumerate(itertools.islice(self.script(question), max_tokens), 1):

@@ -49,7 +49,7 @@ def test_seed_decides(checkpoint, capsys):
 def test_answer_is_the_engines(checkpoint):
     """What is printed is what the engine says, token for token."""
     from nanochat.checkpoint_manager import load_model
-    from nanochat.demo import Sampling, reply
+    from nanochat.chat import Sampling, reply
     from nanochat.engine import Engine
     from nanochat.scripts.chat_cli import harmless
     os.environ['NANOCHAT_DTYPE'] = 'float32'
@@ -155,7 +155,7 @@ def test_chat_web_serves_the_model_and_leaves_on_ctrl_c(checkpoint):
     process = subprocess.Popen(web, env=environment(checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert f'http://127.0.0.1:{port}' in process.stdout.readline()
     c = client.Client(f'http://127.0.0.1:{port}', verbose=False)
-    shown = c.predict('hello', '', 1, 0, 5, 30, api_name='/chat')
+    shown = c.predict('hello', '', 1, 0, 5, 30, 1, api_name='/chat')
     assert shown[0][0]['role'] == 'user' and 'tokens' in shown[2]
     if sys.platform == 'linux': assert socket.socket().connect_ex(('127.0.0.2', port))   # only where it was told to listen
     assert subprocess.run(web, env=environment(checkpoint), capture_output=True).returncode == 2   # the port is taken

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.demo import Answer, Sampling, Stops, bubbles, converse, prompt_ids, reply, sampling_of, with_answer, with_question, without_last
+from nanochat.chat import Answer, Sampling, prompt_ids, reply, with_answer, with_question, without_last
+from nanochat.demo import Stops, bubbles, converse, sampling_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_actor import Parrot, make_tokenizer
@@ -179,8 +180,8 @@ def test_server_streams_and_keeps_visitors_apart(server):
     from gradio_client import Client
     url, log = server
     one, two = Client(url, verbose=False), Client(url, verbose=False)
-    a = one.submit('alpha', '', .5, 0, 11, 300, api_name='/chat')
-    b = two.submit('omega', '', 0, 5, 12, 300, api_name='/chat')
+    a = one.submit('alpha', '', .5, 0, 11, 300, 1, api_name='/chat')
+    b = two.submit('omega', '', 0, 5, 12, 300, 1, api_name='/chat')
     wait_for(lambda: len(a.outputs()) > 3 and len(b.outputs()) > 3)
     one.predict(api_name='/stop')
     ended = wait_for(lambda: [e for e in log() if e['event'] == 'end' and e['question'] == 'alpha'])[0]
@@ -190,7 +191,7 @@ def test_server_streams_and_keeps_visitors_apart(server):
     first, second = a.result(timeout=20), b.outputs()[-1]
     assert 'alpha' in text_of(first) and 'omega' not in text_of(first) and 'stopped' in first[2]
     assert 'omega' in text_of(second) and 'alpha' not in text_of(second)
-    again = one.submit('gamma', '', .5, 0, 11, 5, api_name='/chat')
+    again = one.submit('gamma', '', .5, 0, 11, 5, 1, api_name='/chat')
     again.result(timeout=20)
     prompts = [e['prompt'] for e in log() if e['event'] == 'start']
     assert not any('alpha' in p and 'omega' in p for p in prompts)

@@ -13,8 +13,9 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
+from ..chat import Answer, Sampling, reply, with_answer, with_question
 from ..common import UserError, cli
-from ..demo import Answer, Sampling, load_engine, reply, with_answer, with_question
+from ..demo import load_engine
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #39848818
 @dataclass
@@ -28,13 +29,14 @@ class ChatConfig:
     system: str = ''  # what the model is told before the first question
     temperature: float = 0.3  # 0: always the likeliest token
     top_k: int = 50  # 0: consider every token
+    top_p: float = 1.0  # 1: off; below, only the likeliest tokens that together have this share
     seed: int = 42  # the same seed gives the same answers
     max_tokens: int = 256  # longest answer
 
     @property
     def sampling(self) -> Sampling:
         "How answers are drawn."
-        return Sampling(self.temperature, self.top_k, self.seed, self.max_tokens)
+        return Sampling(self.temperature, self.top_k, self.seed, self.max_tokens, self.top_p)
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #eb751506
 def harmless(text: str) -> str:
