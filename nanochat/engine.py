@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling', 'sample_next_token', 'uniforms', 'ToolUse',
-           'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Row',
-           'context_limit', 'check_request', 'read_prompt', 'last_logits', 'Requests', 'Rows', 'Decoder', 'columns',
-           'collect', 'EngineCore', 'text_pieces', 'Engine']
+           'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Draw', 'Row',
+           'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_tokens',
+           'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore', 'text_pieces',
+           'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'SchedulerLoop', 'SchedulerSteps',
+           'Columns', 'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
-import copy, hashlib
+import asyncio, copy, hashlib, itertools, threading, time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,14 +69,17 @@ class KVCache(CacheMemory):
         if other.prev_embedding is not None: self.prev_embedding = other.prev_embedding.expand(self.batch_size, -1, -1).clone()
 
 # %% ../nbs/12_engine.ipynb #19c91080
-def next_token_odds(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor | None]:
+def next_token_odds(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, softcap: float | None = None) -> tuple[Tensor, Tensor | None]:
     """Probabilities (B, K) and the token ids (B, K) they belong to, best first; ids None means all V in order.
 
-    `logits` (B, V), temperature > 0. top_k None or 0, and top_p None or >= 1, are off."""
+    `logits` (B, V), temperature > 0. top_k None or 0, and top_p None or >= 1, are off. `softcap` c: the logits still need c * tanh(logits / c),
+    which keeps their order and is cheaper after the choice of the best k."""
     ids = None
     if top_k: logits, ids = torch.topk(logits, min(top_k, logits.shape[-1]))
     elif top_p and top_p < 1: logits, ids = torch.sort(logits, descending=True)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    if softcap: logits = softcap * torch.tanh(logits / softcap)
+    probs = torch.softmax(logits / temperature, dim=-1)
     if top_p and top_p < 1:
         before = probs.cumsum(-1) - probs          # the share of all better tokens
         probs = probs.masked_fill(before >= top_p, 0.0)
@@ -82,10 +87,10 @@ def next_token_odds(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     return probs, ids
 
 # %% ../nbs/12_engine.ipynb #fa886e52
-def pick(logits: Tensor, u: Tensor | None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+def pick(logits: Tensor, u: Tensor | None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, softcap: float | None = None) -> Tensor:
     "Token ids (B, 1) for logits (B, V), from one uniform number in [0, 1) per row, `u` (B,). Temperature 0 takes the best and needs no u."
     if temperature == 0: return logits.argmax(-1, keepdim=True)
-    probs, ids = next_token_odds(logits, temperature, top_k, top_p)
+    probs, ids = next_token_odds(logits, temperature, top_k, top_p, softcap)
     cdf = probs.cumsum(-1)
     cdf = cdf / cdf[:, -1:]                        # ends in exactly 1, above every u: a token without odds is never picked
     choice = torch.searchsorted(cdf, u.to(cdf)[:, None], right=True)
@@ -216,14 +221,32 @@ class SlotCache(Slots):
         return order
 
 # %% ../nbs/12_engine.ipynb #7e8fc416
+@dataclass(frozen=True)
+class Draw:
+    "How a row's tokens are drawn."
+    temperature: float = 1.0    # 0: always the likeliest token
+    top_k: int | None = None    # None or 0: every token
+    top_p: float | None = None  # None or 1: every token
+
+    def check(self) -> 'Draw':
+        "Itself; raises `UserError` for settings without meaning."
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        return self
+
+@dataclass(slots=True)
 class Row:
     "One answer being written."
-    def __init__(self, request: int, sample: int, length: int, budget: int, seed: int, tokenizer: Any):
-        self.request, self.sample = request, sample
-        self.length, self.budget = length, budget   # positions so far, prompt included; new tokens still allowed
-        self.tools, self.noise = ToolUse(tokenizer), uniforms(seed, sample)
-        self.ends = (tokenizer.encode_special('<|assistant_end|>'), tokenizer.get_bos_token_id())
-        self.token, self.ended, self.done = -1, False, False  # ended: by a terminal token; done: for whatever reason
+    request: Any         # whose answer it is: a number or a `Ticket`
+    sample: int          # which of the request's answers
+    length: int          # positions so far, prompt included
+    budget: int          # new tokens still allowed
+    draw: Draw
+    tools: ToolUse
+    noise: Iterator[float]
+    ends: tuple[int, ...]
+    token: int = -1      # the last one
+    ended: bool = False  # by a terminal token
+    done: bool = False   # for whatever reason
 
     def accept(self, sampled: int) -> int:
         "Take the sampled token, or a forced one in its place, as the row's next; returns its mask."
@@ -233,14 +256,19 @@ class Row:
         self.done = self.ended or self.budget == 0
         return mask
 
+def new_row(tokenizer: Any, request: Any, sample: int, length: int, budget: int, seed: int, draw: Draw) -> Row:
+    "A row that has read its prompt of `length` tokens and may write `budget` more."
+    ends = (tokenizer.encode_special('<|assistant_end|>'), tokenizer.get_bos_token_id())
+    return Row(request, sample, length, budget, draw, ToolUse(tokenizer), uniforms(seed, sample), ends)
+
 # %% ../nbs/12_engine.ipynb #c314ae1e
 def context_limit(model: Any) -> int:
     "Most tokens, prompt and answer together, that the model has positions for."
     return model.cos.shape[1] if isinstance(model, GPT) else model.config.sequence_len
 
-def check_request(model: Any, tokens: list[int], max_tokens: int | None) -> int:
-    "How many new tokens a prompt may have. Raises `UserError` for a prompt that does not fit and for no tokens at all."
-    limit = context_limit(model)
+def check_request(model: Any, tokens: list[int], max_tokens: int | None, limit: int | None = None) -> int:
+    "How many new tokens a prompt may have within `limit`, the model's own by default. Raises `UserError` for a prompt that does not fit and for no tokens at all."
+    limit = limit or context_limit(model)
     if not tokens: raise UserError('the prompt is empty; give at least the <|bos|> token')
     if len(tokens) >= limit:
         raise UserError(f'the prompt has {len(tokens)} tokens, and this model reads at most {limit} with the answer included; shorten it to {limit - 1} or fewer')
@@ -271,7 +299,121 @@ def last_logits(model: Any, prompts: list[list[int]], batch_tokens: int = 8192) 
         for i, row in zip(group, logits): out[i] = row
     return torch.stack(out)
 
-# %% ../nbs/12_engine.ipynb #e2dbe795
+# %% ../nbs/12_engine.ipynb #1e48f47b
+class ForwardRunner:
+    "Runs any model that has `.config`, `get_device()` and `forward(ids, kv_cache=)`."
+    reuses = False  # whether a later prompt may start from what an earlier one has read
+
+    def __init__(self, model: Any):
+        self.model, self.device, self.softcap = model, model.get_device(), None
+
+    def scratch(self, rows: int, length: int) -> KVCache:
+        "An empty cache for reading `rows` prompts of at most `length` tokens."
+        c = self.model.config
+        return KVCache(rows, c.n_kv_head, length, c.n_embd // c.n_head, c.n_layer, self.device, model_dtype(self.model))
+
+    def slots(self, slots: int, length: int) -> 'SlotCache':
+        "An empty cache for decoding in at most `slots` rows of at most `length` tokens."
+        return SlotCache(self.model, slots, min(length, 256), length, model_dtype(self.model))
+
+    def read(self, ids: Tensor, cache: KVCache) -> Tensor:
+        "Read ids (B, T) behind what `cache` holds; logits (B, V) after the last."
+        return read_prompt(self.model, ids, cache)
+
+    def step(self, ids: Tensor, cache: 'SlotCache', longest: int) -> Tensor:
+        "One token for each row in use, ids (n,): logits (n, V). `longest`: the positions of the longest row, this token included."
+        cache.reserve(longest)
+        return self.model.forward(ids[:, None], kv_cache=cache)[:, -1]
+
+# %% ../nbs/12_engine.ipynb #d992fe3d
+def draw_tokens(logits: Tensor, rows: list[Row], softcap: float | None = None) -> Tensor:
+    "The next token of every row, (n,), left on the device; logits (n, V)."
+    groups: dict[Draw, list[int]] = {}
+    for i, row in enumerate(rows): groups.setdefault(row.draw, []).append(i)
+    out = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    for draw, members in groups.items():
+        mine = slice(None) if len(groups) == 1 else members
+        u = torch.tensor([next(rows[i].noise) for i in members]).to(logits.device, non_blocking=True) if draw.temperature else None
+        out[mine] = pick(logits[mine], u, draw.temperature, draw.top_k, draw.top_p, softcap)[:, 0]
+    return out
+
+# %% ../nbs/12_engine.ipynb #3ee0aa72
+class Arriving:
+    "Tokens (n,) on their way from the device to the host."
+    def __init__(self, tokens: Tensor):
+        self.tokens, self._event = tokens, None
+        if tokens.is_cuda:
+            self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> list[int]:
+        "The tokens, once they are there."
+        if self._event: self._event.synchronize()
+        return self.tokens.tolist()
+
+# %% ../nbs/12_engine.ipynb #89892ce4
+class Rows:
+    "At most `slots` answers being written, and the cache they share."
+    def __init__(self, runner: Any, slots: int, length: int, ahead: bool | None = None):
+        self.runner, self.slots = runner, slots
+        self.ahead = runner.device.type == 'cuda' if ahead is None else ahead
+        self.cache = runner.slots(slots, length)
+        self.rows: list[Row] = []
+        self.drawn: list[tuple[Tensor, Arriving]] = []  # tokens drawn and not handed out: on the device, and on their way; in the order of `rows`
+
+    free = property(lambda self: self.slots - len(self.rows), doc='How many slots are free.')
+
+    def admit(self, cache: Any, logits: Tensor, rows: list[Row]) -> None:
+        "Take in rows whose prompts `cache` has read: one or several for each of its rows; logits (its rows, V)."
+        copies = len(rows) // len(logits)
+        self.cache.admit(cache, copies)
+        self.rows = self.rows + rows
+        self._draw(logits.repeat_interleave(copies, dim=0) if copies > 1 else logits, rows)
+
+    def _draw(self, logits: Tensor, rows: list[Row]) -> None:
+        tokens = draw_tokens(logits, rows, self.runner.softcap)
+        self.drawn.append((tokens, Arriving(tokens)))
+
+    def _feed(self, ids: Tensor) -> None:
+        logits = self.runner.step(ids, self.cache, max(r.length for r in self.rows) + self.ahead)
+        self.drawn = []
+        self._draw(logits, self.rows)
+
+# %% ../nbs/12_engine.ipynb #84964b9c
+class Batch(Rows):
+    "The loop under everything the engine does: feed, admit, take, and again."
+    def feed(self) -> None:
+        "One step of the model for the tokens handed out last."
+        if self.rows and not self.drawn: self._feed(torch.tensor([r.token for r in self.rows], device=self.runner.device))
+
+    def take(self) -> list[tuple[Row, int]]:
+        "Hand out the tokens drawn as (row, mask), the token being `row.token`; rows that are done leave."
+        rows, drawn, self.drawn = self.rows, self.drawn, []
+        if self.ahead: self._feed(self._with_forced(torch.cat([t for t, _ in drawn])))
+        tokens = [t for _, arriving in drawn for t in arriving.tolist()]
+        out = [(row, row.accept(t)) for row, t in zip(rows, tokens)]
+        self.discard()
+        return out
+
+    def _with_forced(self, tokens: Tensor) -> Tensor:
+        "The tokens that will be accepted: those a row must say instead of what it drew are known before they are drawn."
+        forced = [row.tools.forced[0] if row.tools.forced else -1 for row in self.rows]
+        if max(forced) < 0: return tokens
+        instead = torch.tensor(forced).to(tokens.device, non_blocking=True)
+        return torch.where(instead >= 0, instead, tokens)
+
+    def discard(self) -> None:
+        "Rows that are done leave their slots."
+        done = [i for i, r in enumerate(self.rows) if r.done]
+        if not done: return
+        order = self.cache.release(done)
+        self.rows = [self.rows[i] for i in order]
+        if not self.ahead or not self.drawn: return
+        tokens = torch.cat([t for t, _ in self.drawn])[torch.tensor(order, dtype=torch.long, device=self.runner.device)]
+        self.drawn = [(tokens, Arriving(tokens))] if order else []
+
+# %% ../nbs/12_engine.ipynb #8aa214a2
 @dataclass
 class Requests:
     "What is to be generated: prompts with their budgets of new tokens and their seeds, `num_samples` answers each."
@@ -279,7 +421,7 @@ class Requests:
     budgets: list[int]
     seeds: list[int]
     num_samples: int
-    sampling: dict[str, Any]  # temperature, top_k, top_p
+    draw: Draw
 
     def __post_init__(self):
         self.waiting = deque(sorted((i for i, b in enumerate(self.budgets) if b), key=lambda i: len(self.prompts[i])))
@@ -294,53 +436,29 @@ class Requests:
             group.append(self.waiting.popleft())
         return group
 
-# %% ../nbs/12_engine.ipynb #f7c105bd
-class Rows:
-    "At most `slots` answers being written, and the cache they share."
-    def __init__(self, model: Any, tokenizer: Any, requests: Requests, slots: int):
-        self.model, self.tokenizer, self.requests = model, tokenizer, requests
-        self.device, self.dtype = model.get_device(), model_dtype(model)
-        self.slots = max(requests.num_samples, min(slots, requests.num_samples * len(requests.waiting)))
-        self.cache = SlotCache(model, self.slots, min(requests.longest, 256), requests.longest, self.dtype)
-        self.rows: list[Row] = []
+# %% ../nbs/12_engine.ipynb #cd9c2c27
+class Decoder:
+    "Works through `Requests` in at most `slots` rows."
+    def __init__(self, runner: Any, tokenizer: Any, requests: Requests, slots: int, ahead: bool | None = None):
+        self.runner, self.tokenizer, self.requests = runner, tokenizer, requests
+        slots = max(requests.num_samples, min(slots, requests.num_samples * len(requests.waiting)))
+        self.batch = Batch(runner, slots, requests.longest, ahead)
 
-    def read(self, group: list[int]) -> Tensor:
-        "Prefill prompts of one length and give each its slots; logits (len(group) * num_samples, V) of their first new tokens."
-        r, c = self.requests, self.model.config
-        ids = torch.tensor([r.prompts[i] for i in group], device=self.device)
-        cache = KVCache(len(group), c.n_kv_head, ids.shape[1], c.n_embd // c.n_head, c.n_layer, self.device, self.dtype)
-        logits = read_prompt(self.model, ids, cache)
-        self.cache.admit(cache, r.num_samples)
-        self.rows += [Row(i, s, ids.shape[1], r.budgets[i], r.seeds[i], self.tokenizer) for i in group for s in range(r.num_samples)]
-        return logits.repeat_interleave(r.num_samples, dim=0)
-
-# %% ../nbs/12_engine.ipynb #9089d9e3
-class Decoder(Rows):
-    "The loop under everything the engine does."
-    def choose(self, logits: Tensor) -> list[int]:
-        "One sampled token per row: a single trip to the device and back."
-        u = torch.tensor([next(r.noise) for r in self.rows], device=self.device) if self.requests.sampling['temperature'] else None
-        return pick(logits, u, **self.requests.sampling)[:, 0].tolist()
-
-    def feed(self) -> Tensor | None:
-        "Release finished rows and run one step for the others: logits (rows, V); None when no row is left."
-        done = [i for i, r in enumerate(self.rows) if r.done]
-        if done: self.rows = [self.rows[i] for i in self.cache.release(done)]
-        if not self.rows: return None
-        self.cache.reserve(max(r.length for r in self.rows))
-        ids = torch.tensor([[r.token] for r in self.rows], device=self.device)
-        return self.model.forward(ids, kv_cache=self.cache)[:, -1]
+    def read(self, group: list[int]) -> None:
+        "Read prompts of one length, once each, and admit a row for every sample."
+        r = self.requests
+        ids = torch.tensor([r.prompts[i] for i in group], device=self.runner.device)
+        cache = self.runner.scratch(len(group), r.longest if self.runner.reuses else ids.shape[1])
+        rows = [new_row(self.tokenizer, i, s, ids.shape[1], r.budgets[i], r.seeds[i], r.draw) for i in group for s in range(r.num_samples)]
+        self.batch.admit(cache, self.runner.read(ids, cache), rows)
 
     @torch.inference_mode()
     def steps(self) -> Iterator[list[tuple[Row, int]]]:
         "Yield, step by step, (row, mask) for every row that got a token, which is `row.token` until the next step."
-        logits = None
-        while self.requests.waiting or self.rows:
-            while group := self.requests.next_group(self.slots - len(self.rows)):
-                new = self.read(group)
-                logits = new if logits is None else torch.cat([logits, new])
-            yield [(row, row.accept(t)) for row, t in zip(self.rows, self.choose(logits))]
-            logits = self.feed()
+        while self.requests.waiting or self.batch.rows:
+            self.batch.feed()
+            while group := self.requests.next_group(self.batch.free): self.read(group)
+            yield self.batch.take()
 
 # %% ../nbs/12_engine.ipynb #bc2f54fc
 def columns(decoder: Decoder, num_samples: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -365,23 +483,23 @@ def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], lis
 
 # %% ../nbs/12_engine.ipynb #449254cc
 class EngineCore:
-    "A model with its tokenizer, ready to decode: holds the copy for inference and makes loops over it."
+    "A model with its tokenizer, ready to decode: holds the runner and makes loops over it."
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = getattr(model, '_orig_mod', model), tokenizer  # a compiled model would compile anew for every batch size
-        self._fast, self._version = None, None
+        self._runner, self._version = None, None
 
-    def inference_model(self) -> Any:
-        "The model with Linear weights held in its compute dtype, cast anew when they have changed."
+    def runner(self) -> Any:
+        "What runs the model; made anew when its weights have changed."
         version = weights_version(self.model)
-        if version is None or version != self._version: self._fast, self._version = inference_copy(self.model), version
-        return self._fast
+        if version is None or version != self._version: self._runner, self._version = ForwardRunner(inference_copy(self.model)), version
+        return self._runner
 
-    def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, **sampling: Any) -> Decoder:
+    def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, draw: Draw) -> Decoder:
         "The loop for these prompts. Raises `UserError` before any work."
         if num_samples < 1: raise UserError(f'num_samples {num_samples} is too small; use 1 or more')
-        check_sampling(**sampling)
+        draw.check()
         budgets = [check_request(self.model, p, max_tokens) for p in prompts]
-        return Decoder(self.inference_model(), self.tokenizer, Requests(prompts, budgets, seeds, num_samples, sampling), slots)
+        return Decoder(self.runner(), self.tokenizer, Requests(prompts, budgets, seeds, num_samples, draw), slots)
 
 # %% ../nbs/12_engine.ipynb #dd11981e
 def text_pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -403,7 +521,7 @@ class Engine(EngineCore):
         """Yield `(token_column, token_masks)`, one entry per sample; mask 0 marks forced tokens. Stops when every sample has ended.
 
         max_tokens None goes on to the context limit. Closing the iterator stops at once. Raises `UserError` for a prompt that does not fit."""
-        return columns(self.decoder([list(tokens)], max_tokens, [seed], num_samples, num_samples, temperature=temperature, top_k=top_k, top_p=top_p), num_samples)
+        return columns(self.decoder([list(tokens)], max_tokens, [seed], num_samples, num_samples, Draw(temperature, top_k, top_p)), num_samples)
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, **kwargs: Any) -> tuple[list[list[int]], list[list[int]]]:
         "Whole sequences, prompt included and terminal token excluded, and their masks (0: prompt and forced tokens). Arguments as in `generate`."
@@ -417,8 +535,300 @@ class Engine(EngineCore):
         `seed`: a list gives each prompt its own; an int s means s, s + 1, ... so that prompt i equals `generate_batch(prompt, seed=s + i)`.
         `keep_end` keeps the terminal token, which is sampled like any other (mask 1) and which reinforcement learning must see."""
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
-        return collect(self.decoder(prompts, max_tokens, seeds, num_samples, batch_size, temperature=temperature, top_k=top_k, top_p=top_p), keep_end)
+        return collect(self.decoder(prompts, max_tokens, seeds, num_samples, batch_size, Draw(temperature, top_k, top_p)), keep_end)
 
     def stream(self, tokens: list[int], **kwargs: Any) -> Iterator[str]:
         "One answer as pieces of text. A character of several tokens is held back until it is whole: the pieces joined are the decoded answer."
         yield from text_pieces(self.tokenizer, (token for (token,), _ in self.generate(tokens, **kwargs)))
+
+# %% ../nbs/12_engine.ipynb #687907f9
+class Busy(UserError):
+    "Too many requests are waiting; try again after `retry_after` seconds."
+    def __init__(self, waiting: int, retry_after: int):
+        super().__init__(f'{waiting} requests are waiting already; try again in {retry_after} s')
+        self.retry_after = retry_after
+
+# %% ../nbs/12_engine.ipynb #84989db1
+class TicketState:
+    "One request: its tokens so far and how it ended. Written by the scheduler's thread, read from any."
+    def __init__(self, number: int, prompt: list[int], budget: int, seed: int, draw: Draw):
+        self.id, self.prompt, self.budget, self.seed, self.draw = number, prompt, budget, seed, draw
+        self.prompt_tokens, self.reused = len(prompt), 0  # reused: positions that an earlier request had read
+        self.tokens: list[tuple[int, int]] = []           # (token, mask), the terminal token included
+        self.finish_reason: str | None = None             # 'stop', 'length', 'cancelled' or 'error'
+        self.error: Exception | None = None
+        self.cancelled = False
+        self.submitted, self.started, self.first_token, self.finished = time.perf_counter(), None, None, None  # seconds
+        self._news, self._waiters = threading.Condition(), []
+
+    def done(self) -> bool:
+        "Whether it has ended."
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        "Stop it: its slot is free within one token. From any thread, at any time."
+        self.cancelled = True
+
+    def finish(self, reason: str, error: Exception | None = None) -> None:
+        "Called by the scheduler once, at the end."
+        self.error, self.finished = error, time.perf_counter()
+        self.finish_reason = reason
+
+# %% ../nbs/12_engine.ipynb #d0344708
+class Ticket(TicketState):
+    "A request that can be read as it is answered: `for token, mask in ticket`, or `async for`."
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for i in itertools.count():
+            with self._news: self._news.wait_for(lambda: len(self.tokens) > i or self.done())
+            if len(self.tokens) <= i: break
+            yield self.tokens[i]
+        if self.error: raise self.error
+
+    async def __aiter__(self):
+        for i in itertools.count():
+            if len(self.tokens) <= i: await self._more(i)
+            if len(self.tokens) <= i: break
+            yield self.tokens[i]
+        if self.error: raise self.error
+
+    async def _more(self, have: int) -> None:
+        "Wait until there are more than `have` tokens, or the end."
+        loop = asyncio.get_running_loop()
+        with self._news:
+            if len(self.tokens) > have or self.done(): return
+            future = loop.create_future()
+            self._waiters.append((loop, future))
+        await future
+
+    def notify(self) -> list[tuple[Any, Any]]:
+        "Wake readers in threads; returns the (loop, future) pairs to wake."
+        with self._news:
+            self._news.notify_all()
+            waiters, self._waiters = self._waiters, []
+        return waiters
+
+def wake(tickets: list[Ticket]) -> None:
+    "Tell everyone who reads one of these tickets that there is news."
+    loops: dict[Any, list] = {}
+    for ticket in tickets:
+        for loop, future in ticket.notify(): loops.setdefault(loop, []).append(future)
+    for loop, futures in loops.items():
+        try: loop.call_soon_threadsafe(lambda futures=futures: [f.done() or f.set_result(None) for f in futures])
+        except RuntimeError: pass  # that loop is closed: nobody reads there any more
+
+# %% ../nbs/12_engine.ipynb #55d4a3cb
+class Prefixes:
+    "Caches of what was read and written lately, to start later prompts from. At most `capacity` of them."
+    def __init__(self, capacity: int):
+        self.capacity, self._kept = capacity, []  # (tokens, cache), the most recently used last
+
+    def keep(self, tokens: list[int], cache: Any) -> None:
+        "Remember `cache`, which has read `tokens`; it replaces what it continues."
+        self._kept = [(t, c) for t, c in self._kept if t != tokens[:len(t)]][-(self.capacity - 1):] if self.capacity > 1 else []
+        if self.capacity: self._kept.append((tokens, cache))
+
+    def find(self, prompt: list[int], shortest: int = 8) -> tuple[int, Any]:
+        "The longest part of the prompt, its last token left out, that one of the caches begins with: (its length, that cache), or (0, None)."
+        best = (0, None)
+        for i, (tokens, cache) in enumerate(self._kept):
+            n = next((j for j, (a, b) in enumerate(zip(tokens, prompt[:-1])) if a != b), min(len(tokens), len(prompt) - 1))
+            if n >= max(shortest, best[0] + 1) and cache.can_cut(n): best, used = (n, cache), i
+        if best[1]: self._kept.append(self._kept.pop(used))
+        return best
+
+# %% ../nbs/12_engine.ipynb #56809dd2
+class Counters:
+    "What a scheduler has done, and how fast lately."
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.counts = dict.fromkeys(('submitted', 'finished', 'cancelled', 'failed', 'refused', 'prompt_tokens', 'generated_tokens', 'reused_tokens', 'steps'), 0)
+        self._recent: deque[tuple[float, int]] = deque()  # (when, tokens), the last ten seconds
+
+    def add(self, **counts: int) -> None:
+        "Add to the counts."
+        for name, n in counts.items(): self.counts[name] += n
+
+    def step(self, tokens: int) -> None:
+        "One step that gave so many tokens."
+        now = time.perf_counter()
+        self.add(steps=1, generated_tokens=tokens)
+        self._recent.append((now, tokens))
+        while self._recent[0][0] < now - 10: self._recent.popleft()
+
+    def unfinished(self) -> int:
+        "How many requests have not ended."
+        return self.counts['submitted'] - self.counts['finished'] - self.counts['cancelled'] - self.counts['failed']
+
+    def read(self) -> dict[str, float]:
+        "All counts, `uptime` in seconds, and `tokens_per_second` over the last ten seconds."
+        now = time.perf_counter()
+        recent = [(t, n) for t, n in list(self._recent) if t > now - 10]
+        rate = sum(n for _, n in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0
+        return {**self.counts, 'uptime': now - self.began, 'tokens_per_second': rate}
+
+# %% ../nbs/12_engine.ipynb #45adee5a
+class SchedulerLoop:
+    "The thread of a `Scheduler` and what it owns."
+    def __init__(self, engine: Any, slots: int, limit: int, chunk: int, kept: int):
+        self.engine, self.tokenizer, self.model = engine, engine.tokenizer, engine.model
+        self.slots, self.limit, self.chunk = slots, limit, chunk
+        self.prefixes, self.counters = Prefixes(kept), Counters()
+        self.waiting: deque[Ticket] = deque()
+        self.reading: tuple[Ticket, Any, int] | None = None  # a ticket, the cache for its prompt, how much is read
+        self.batch: Batch | None = None
+        self._work, self._closing, self._thread = threading.Condition(), False, None
+
+    def _busy(self) -> bool: return bool(self.waiting or self.reading or (self.batch and self.batch.rows))
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._work: self._work.wait_for(lambda: self._busy() or self._closing)
+            if not self._busy(): return
+            try: self._turn()
+            except Exception as e: self._fail(e)
+
+    def _turn(self) -> None:
+        if self.batch is None: self.batch = Batch(self.engine.runner(), self.slots, self.limit)
+        self._cancel()
+        self.batch.feed()
+        while self._read_chunk() and self.batch.free and not self.batch.rows: pass  # nobody is kept waiting by reading on
+        if self.batch.rows: self._deliver(self.batch.take())
+
+    def _cancel(self) -> None:
+        "Cancelled requests leave, wherever they are."
+        gone = [t for t in self.waiting if t.cancelled]
+        for ticket in gone: self.waiting.remove(ticket)
+        if self.reading and self.reading[0].cancelled: gone, self.reading = [*gone, self.reading[0]], None
+        for row in self.batch.rows: row.done = row.request.cancelled
+        gone += [row.request for row in self.batch.rows if row.done]
+        if gone:
+            self.batch.discard()
+            self._end(gone, 'cancelled')
+
+    def _end(self, tickets: list[Ticket], reason: str, error: Exception | None = None) -> None:
+        self.counters.add(**{{'cancelled': 'cancelled', 'error': 'failed'}.get(reason, 'finished'): len(tickets)})
+        for ticket in tickets: ticket.finish(reason, error)
+        wake(tickets)
+
+    def _fail(self, error: Exception) -> None:
+        "Something broke: everybody who was being served is told, and the next request starts anew."
+        rows = self.batch.rows if self.batch else []
+        reading = [self.reading[0]] if self.reading else []
+        self.batch, self.reading = None, None
+        self._end([row.request for row in rows] + reading, 'error', error)
+
+# %% ../nbs/12_engine.ipynb #48eae005
+class SchedulerSteps(SchedulerLoop):
+    "Reading and decoding, a piece at a time."
+    def _next(self) -> None:
+        "Begin the next waiting request: find what is known of its prompt."
+        ticket = self.waiting.popleft()
+        runner = self.batch.runner
+        n, known = self.prefixes.find(ticket.prompt) if runner.reuses else (0, None)
+        cache = runner.scratch(1, self.limit if runner.reuses else len(ticket.prompt))
+        if known: cache.start_from(known, ticket.prompt[:n])
+        ticket.started, ticket.reused = time.perf_counter(), n
+        self.counters.add(prompt_tokens=ticket.prompt_tokens, reused_tokens=n)
+        self.reading = ticket, cache, n
+
+    def _read_chunk(self) -> bool:
+        "Read up to a chunk of one prompt; False when there is nothing to read or no slot for it."
+        if not self.reading:
+            if not self.waiting or not self.batch.free: return False
+            self._next()
+        ticket, cache, n = self.reading
+        ids = ticket.prompt[n:n + self.chunk]
+        logits = self.batch.runner.read(torch.tensor([ids], device=self.batch.runner.device), cache)
+        self.reading = ticket, cache, n + len(ids)
+        if n + len(ids) == len(ticket.prompt): self._admit(ticket, cache, logits)
+        return True
+
+    def _admit(self, ticket: Ticket, cache: Any, logits: Tensor) -> None:
+        row = new_row(self.tokenizer, ticket, 0, ticket.prompt_tokens, ticket.budget, ticket.seed, ticket.draw)
+        self.batch.admit(cache, logits, [row])
+        self.reading = None
+
+    def _deliver(self, step: list[tuple[Row, int]]) -> None:
+        "Give the tokens of one step to their tickets."
+        now = time.perf_counter()
+        for row, mask in step:
+            row.request.first_token = row.request.first_token or now
+            row.request.tokens.append((row.token, mask))
+        self.counters.step(len(step))
+        for reason in ('stop', 'length'):
+            ended = [row.request for row, _ in step if row.done and row.ended == (reason == 'stop')]
+            if ended: self._end(ended, reason)
+        wake([row.request for row, _ in step if not row.done])
+
+# %% ../nbs/12_engine.ipynb #66c4bb54
+class Columns:
+    "A ticket read as `Engine.generate` gives its tokens. Closing it cancels the request, also before the first token."
+    def __init__(self, ticket: Ticket): self.ticket, self._tokens = ticket, iter(ticket)
+    def __iter__(self) -> 'Columns': return self
+    def __next__(self) -> tuple[list[int], list[int]]:
+        token, mask = next(self._tokens)
+        return [token], [mask]
+    def close(self) -> None: self.ticket.cancel()
+    __del__ = close
+
+# %% ../nbs/12_engine.ipynb #02df9963
+class Scheduler(SchedulerSteps):
+    """Many requests on one engine, continuously batched. One thread decodes; submit, read and cancel from any thread.
+
+    `slots`: answers written at once. `max_waiting`: requests that may wait for a slot before `Busy` is raised. `limit`: most tokens of prompt and
+    answer together, by default what the model was trained with. `chunk`: prompt tokens read between two steps. `kept`: conversations remembered."""
+    def __init__(self, engine: Any, slots: int = 16, max_waiting: int = 64, limit: int | None = None, chunk: int = 128, kept: int | None = None):
+        if slots < 1: raise UserError(f'{slots} slots are too few; use 1 or more')
+        super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)
+        self.max_waiting, self._numbers = max_waiting, itertools.count(1)
+
+    def submit(self, prompt: list[int], *, max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 42) -> Ticket:
+        "Queue a prompt. Raises `UserError` for one that cannot be answered and after `close`, `Busy` when too many wait."
+        draw, budget = Draw(temperature, top_k, top_p).check(), check_request(self.model, prompt, max_tokens, self.limit)
+        with self._work:
+            if self._closing: raise UserError('this scheduler has been closed; make a new one')
+            if self.unfinished() >= self.slots + self.max_waiting: self._refuse()
+            ticket = Ticket(next(self._numbers), list(prompt), budget, seed, draw)
+            self.waiting.append(ticket)
+            self.counters.add(submitted=1)
+            if not self._thread: self._start()
+            self._work.notify()
+        return ticket
+
+    def unfinished(self) -> int:
+        "Requests that are being answered or wait."
+        return self.counters.unfinished()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name='nanochat-scheduler', daemon=True)
+        self._thread.start()
+
+    def _refuse(self) -> None:
+        self.counters.add(refused=1)
+        waiting = max(self.unfinished() - self.slots, 0)
+        raise Busy(waiting, 1 + waiting // self.slots)
+
+    def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+                 seed: int = 42, top_p: float | None = None) -> Iterator[tuple[list[int], list[int]]]:
+        "`Engine.generate` for one sample. Closing the iterator cancels the request."
+        if num_samples != 1: raise UserError('a scheduler gives one answer per request; submit several')
+        ticket = self.submit(tokens, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return Columns(ticket)
+
+    def stats(self) -> dict[str, float]:
+        "Slots, how many are active, how many requests wait, and all counters."
+        active = len(self.batch.rows) if self.batch else 0
+        return {'slots': self.slots, 'active': active, 'waiting': max(self.unfinished() - active, 0), 'max_waiting': self.max_waiting, **self.counters.read()}
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        "Take no more requests; finish those there are, for at most `timeout` seconds, or with drain=False cancel them."
+        with self._work:
+            self._closing = True
+            self._work.notify()
+        if self._thread and drain: self._thread.join(timeout)
+        for ticket in [*self.waiting, *([self.reading[0]] if self.reading else []), *(row.request for row in (self.batch.rows if self.batch else []))]: ticket.cancel()
+        if self._thread: self._thread.join()
+
+    def __enter__(self) -> 'Scheduler': return self
+    def __exit__(self, *exc: Any) -> None: self.close(drain=exc[0] is None)
