@@ -76,8 +76,8 @@ class Sampling:
     top_p: float = 1.0  # 1: off; below, only the likeliest tokens that together have this share
 
 def reply(engine: Any, messages: list[dict], sampling: Sampling = Sampling()) -> Iterator[Answer]:
-    "Yield the growing `Answer` to the last user message after each token. Closing the iterator stops the engine. Raises `UserError`."
-    limit = engine.model.config.sequence_len
+    "Yield the growing `Answer` to the last user message after each token. `engine`: an `Engine` or a `Scheduler`. Closing the iterator stops it. Raises `UserError`."
+    limit = getattr(engine, 'limit', engine.model.config.sequence_len)
     ids, dropped = prompt_ids(engine.tokenizer, messages, limit)
     settings = dict(temperature=sampling.temperature, top_k=sampling.top_k or None, seed=sampling.seed, top_p=sampling.top_p)
     stream = engine.generate(ids, max_tokens=min(sampling.max_tokens, limit - len(ids)), **settings)

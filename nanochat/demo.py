@@ -17,7 +17,7 @@ from typing import Any
 from .chat import Sampling, progress_line, reply, trimmed_note, with_answer, with_question, without_last
 from .checkpoint_manager import load_model
 from .common import UserError, detect_device, human
-from .engine import Engine
+from .engine import Engine, Scheduler
 
 # %% ../nbs/17_demo.ipynb #015bb65e
 def plain_question(text: str) -> str:
@@ -218,6 +218,8 @@ CSS = '''
 JS = '''() => {
   const dark = localStorage.getItem('nanochat-dark');
   if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+  document.querySelector('#dark')?.setAttribute('aria-label', 'Switch between light and dark');
+  document.querySelector('#settings .toggle-button')?.setAttribute('aria-label', 'Settings');
   document.addEventListener('keydown', e => { if (e.key === 'Escape') document.querySelector('#box .stop-button')?.click(); });
 }'''
 TOGGLE = "() => localStorage.setItem('nanochat-dark', document.body.classList.toggle('dark') ? '1' : '0')"
@@ -226,8 +228,8 @@ def look() -> dict[str, Any]:
     "Theme, CSS and JavaScript, for `Blocks.launch` or `mount_gradio_app`: the system's own fonts, nothing fetched."
     gr = import_gradio()
     system, mono = ('system-ui', 'sans-serif'), ('ui-monospace', 'monospace')
-    theme = gr.themes.Default(primary_hue='indigo', secondary_hue='indigo', neutral_hue='slate', radius_size='lg',
-                              font=[gr.themes.Font(f) for f in system], font_mono=[gr.themes.Font(f) for f in mono])
+    theme = gr.themes.Default(primary_hue='indigo', secondary_hue='indigo', neutral_hue='slate',
+                              font=[gr.themes.Font(f) for f in system], font_mono=[gr.themes.Font(f) for f in mono]).set(body_text_color_subdued='*neutral_500')  # 400 on white is too faint to read
     return dict(theme=theme, css=CSS, js=JS)
 
 # %% ../nbs/17_demo.ipynb #6084eb1a
@@ -332,10 +334,11 @@ class Touch(Page):
 # %% ../nbs/17_demo.ipynb #41e4ae8b
 def shared(engine: Any, tokenizer: Any = None) -> tuple[Any, int, bool]:
     "What answers the page's visitors, for how many at once, and whether it was made here (and must be closed). `engine`: a scheduler, an engine, or a model with its tokenizer."
-    if hasattr(engine, 'submit'): return engine, engine.stats()['slots'], False
+    if isinstance(engine, Scheduler): return engine, engine.slots, False
     if not hasattr(engine, 'generate') or not hasattr(engine, 'tokenizer'): engine = Engine(engine, tokenizer)
     if not isinstance(engine, Engine): return engine, 4, False
-    return engine, 4, False
+    scheduler = Scheduler(engine)
+    return scheduler, scheduler.slots, True
 
 def _wire(gr: Any, demo: Any, p: dict[str, Any], touch: Touch) -> None:
     "Connect what a visitor touches with what happens then."
