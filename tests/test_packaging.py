@@ -67,8 +67,8 @@ def test_every_folder_of_modules_is_a_package():
 
 
 def test_imports_point_up():
-    """A module imports only rooms above it in the reading order; scripts may import all, tasks only rooms, `common` and each other."""
-    order = {p.stem[3:]: int(p.stem[:2]) for p in (ROOT/'nbs').glob('*.ipynb') if re.match(r'\d\d_', p.stem)}
+    """A module imports only rooms above it in the reading order (16_chat before 16_server); scripts may import all, tasks only rooms, `common` and each other."""
+    order = {p.stem[3:]: p.stem for p in (ROOT/'nbs').glob('*.ipynb') if re.match(r'\d\d_', p.stem)}
     for path in (ROOT/'nanochat').glob('*.py'):
         if path.stem not in order: continue
         for name in re.findall(r'^(?:from \.(\w+)|\s*from nanochat\.(\w+)) import', path.read_text(), re.M):
