@@ -13,7 +13,7 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling'
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import asyncio, copy, hashlib, itertools, threading, time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .common import UserError
 from .execution import use_calculator
 from .gpt import GPT, softcapped_logits
+from .inference import runner_for
 
 # %% ../nbs/12_engine.ipynb #f8a23192
 class CacheMemory:
@@ -360,9 +361,11 @@ class Rows:
         self.ahead = runner.device.type == 'cuda' if ahead is None else ahead
         self.cache = runner.slots(slots, length)
         self.rows: list[Row] = []
+        self.leaving: Callable[[Row, int], None] | None = None  # is told which row leaves which slot
         self.drawn: list[tuple[Tensor, Arriving]] = []  # tokens drawn and not handed out: on the device, and on their way; in the order of `rows`
 
     free = property(lambda self: self.slots - len(self.rows), doc='How many slots are free.')
+    def __del__(self): self.cache.idle = True  # a runner may hand the same memory out again
 
     def admit(self, cache: Any, logits: Tensor, rows: list[Row]) -> None:
         "Take in rows whose prompts `cache` has read: one or several for each of its rows; logits (its rows, V)."
@@ -407,6 +410,7 @@ class Batch(Rows):
         "Rows that are done leave their slots."
         done = [i for i, r in enumerate(self.rows) if r.done]
         if not done: return
+        for i in done if self.leaving else (): self.leaving(self.rows[i], i)
         order = self.cache.release(done)
         self.rows = [self.rows[i] for i in order]
         if not self.ahead or not self.drawn: return
@@ -484,15 +488,25 @@ def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], lis
 # %% ../nbs/12_engine.ipynb #449254cc
 class EngineCore:
     "A model with its tokenizer, ready to decode: holds the runner and makes loops over it."
-    def __init__(self, model: Any, tokenizer: Any):
-        self.model, self.tokenizer = getattr(model, '_orig_mod', model), tokenizer  # a compiled model would compile anew for every batch size
-        self._runner, self._version = None, None
+    def __init__(self, model: Any, tokenizer: Any, weights: str = 'compute'):
+        self.model, self.tokenizer, self.weights = getattr(model, '_orig_mod', model), tokenizer, weights  # a compiled model would compile anew for every batch size
+        self._made: dict[str, tuple] = {}
 
-    def runner(self) -> Any:
-        "What runs the model; made anew when its weights have changed."
+    def _fresh(self, name: str, make: Callable) -> Any:
+        "What `make` gives, made anew when the weights have changed."
         version = weights_version(self.model)
-        if version is None or version != self._version: self._runner, self._version = ForwardRunner(inference_copy(self.model)), version
-        return self._runner
+        if version is None or self._made.get(name, (None,))[0] != version: self._made[name] = version, make()
+        return self._made[name][1]
+
+    def inference_model(self) -> Any:
+        "The model with Linear weights held in its compute dtype."
+        return self._fresh('model', lambda: inference_copy(self.model))
+
+    @torch.inference_mode()
+    def runner(self) -> Any:
+        "What reads prompts and takes steps."
+        make = lambda: runner_for(self.model, self.weights) if isinstance(self.model, GPT) else ForwardRunner(inference_copy(self.model))
+        return self._fresh('runner', make)
 
     def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, draw: Draw) -> Decoder:
         "The loop for these prompts. Raises `UserError` before any work."
@@ -689,11 +703,20 @@ class SchedulerLoop:
             except Exception as e: self._fail(e)
 
     def _turn(self) -> None:
-        if self.batch is None: self.batch = Batch(self.engine.runner(), self.slots, self.limit)
+        if self.batch is None: self._open()
         self._cancel()
         self.batch.feed()
         while self._read_chunk() and self.batch.free and not self.batch.rows: pass  # nobody is kept waiting by reading on
         if self.batch.rows: self._deliver(self.batch.take())
+
+    def _open(self) -> None:
+        self.batch = Batch(self.engine.runner(), self.slots, self.limit)
+        if self.batch.runner.reuses and self.prefixes.capacity: self.batch.leaving = self._keep
+
+    def _keep(self, row: Row, slot: int) -> None:
+        "Remember what a row that leaves has read and written."
+        tokens = row.request.prompt + [t for t, _ in row.request.tokens]
+        self.prefixes.keep(tokens[:self.batch.cache.known[slot]], self.batch.cache.kept(slot))
 
     def _cancel(self) -> None:
         "Cancelled requests leave, wherever they are."
