@@ -348,12 +348,12 @@ def _wire(gr: Any, demo: Any, p: dict[str, Any], touch: Touch) -> None:
         else:
             def call(request: gr.Request, event: gr.EventData, *values): return method(request.session_hash, event, *values)
         return call
-    outputs = [p[k] for k in ('kept', 'chat', 'box', 'status', 'note', 'asked')] + [p['settings'][4]]
+    outputs = [p[k] for k in ('kept', 'chat', 'box', 'status', 'note', 'asked')] + [p['settings'][3]]
     at_once = dict(queue=False, show_progress='hidden', api_visibility='private')
     queued = dict(outputs=outputs, show_progress='hidden', api_visibility='private', trigger_mode='multiple', concurrency_limit=touch.places, concurrency_id='answers')
     chat, kept = p['chat'], p['kept']
     for trigger, method, inputs in ((p['box'].submit, touch.ask, [p['box'], kept]), (chat.example_select, touch.example, [kept]),
-                                    (chat.retry, touch.retry, [kept, p['settings'][4]]), (chat.edit, touch.edit, [kept])):
+                                    (chat.retry, touch.retry, [kept, p['settings'][3]]), (chat.edit, touch.edit, [kept])):
         trigger(handler(method), inputs, outputs, **at_once).then(handler(touch.answer), [kept, p['asked'], *p['settings']], **queued)
     chat.undo(handler(touch.undo), [kept], outputs, **at_once)
     p['new'].click(handler(touch.new), None, outputs, **at_once)

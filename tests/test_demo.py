@@ -1,144 +1,179 @@
-"""The chat: from turns to tokens and back, Stop within a token, visitors kept apart, a page that asks nothing of the outside."""
-import json, os, shutil, subprocess, sys, threading, time
+"""The chat page: what it shows, whose Stop it is, conversations that stay in the browser; and the page itself in a real Chromium, asking nothing of the outside."""
+import json, os, re, shutil, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nanochat.chat import Sampling, with_question
 from nanochat.common import UserError
-from nanochat.chat import Answer, Sampling, prompt_ids, reply, with_answer, with_question, without_last
-from nanochat.demo import Stops, bubbles, converse, sampling_of
+from nanochat.demo import EXAMPLES, MOST_CHARACTERS, MOST_MESSAGES, Frame, Stops, Touch, before_question, bubbles, converse, plain_question, recalled, sampling_of, typed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_actor import Parrot, make_tokenizer
-
-TEXTS = ['plain', 'naïve café', '你好，世界', 'مرحبا بالعالم', '🦜🦜🏳️‍🌈 done', 'def f(x):\n\treturn x', '']
 
 
 @pytest.fixture(scope='module')
 def tok(): return make_tokenizer()
 
 
-def ids_of(tok, *pieces): return [i for p in pieces for i in ([tok.encode_special(p)] if p.startswith('<|') else tok.encode(p))]
+def said(log, **what): return [e for e in map(json.loads, log.read_text().splitlines()) if all(e.get(k) == v for k, v in what.items())]
 
 
-@pytest.mark.parametrize('text', TEXTS)
-def test_pieces_joined_are_the_text(tok, text):
-    answer = Answer(tok)
-    pieces = [answer.push(i).piece[1] for i in ids_of(tok, text, '<|assistant_end|>')]
-    assert ''.join(pieces) == text and answer.done
-    assert '\ufffd' not in ''.join(pieces)
-    assert answer.parts == ([{'type': 'text', 'text': text}] if text else [])
-
-
-@pytest.mark.parametrize('before', TEXTS)
-def test_tool_calls_become_parts_and_render_back(tok, before):
-    """What the model wrote, put back into the conversation, is the same ids."""
-    ids = ids_of(tok, before, '<|python_start|>', "'你好'.count('好')", '<|python_end|>', '<|output_start|>', '1', '<|output_end|>', 'So 1.', '<|assistant_end|>')
-    answer = Answer(tok)
-    for i in ids: answer.push(i)
-    assert [p['type'] for p in answer.parts] == ['text'] * bool(before) + ['python', 'python_output', 'text']
-    talk = with_answer(with_question([], 'q'), answer)
-    assert tok.render_conversation({'messages': talk})[0][-len(ids):] == ids
-    more = with_question(talk, 'next')
-    assert tok.render_for_completion({'messages': more})[:len(tok.render_conversation({'messages': talk})[0])] == tok.render_conversation({'messages': talk})[0]
-
-
-def test_marks_in_any_order_never_fail(tok):
-    """An untrained model may say anything; the parts hold what was said, and rendering them back works."""
-    import random
-    rng, marks = random.Random(0), [tok.encode_special(t) for t in tok.get_special_tokens() if t not in ('<|bos|>', '<|assistant_end|>')]
-    for _ in range(200):
-        answer = Answer(tok)
-        for _ in range(40): answer.push(rng.choice(marks) if rng.random() < .3 else rng.randrange(256))
-        talk = with_answer(with_question([], 'q'), answer.finish())
-        tok.render_conversation({'messages': talk})
-        bubbles(talk)
-        assert not answer.done and answer.tokens == 40
-
-
-def test_old_turns_go_first_and_the_system_message_stays(tok):
-    talk = [{'role': 'system', 'content': 'SYSTEM'}]
-    for n in range(20): talk += [{'role': 'user', 'content': f'question {n} '}, {'role': 'assistant', 'content': f'answer {n}'}]
-    talk.append({'role': 'user', 'content': 'last'})
-    whole = len(tok.render_for_completion({'messages': talk}))
-    assert prompt_ids(tok, talk, whole + 64) == (tok.render_for_completion({'messages': talk}), 0)
-    seen = set()
-    for limit in [*range(100, whole + 64, 7), whole + 63, whole + 64]:
-        ids, dropped = prompt_ids(tok, talk, limit)
-        text = tok.decode(ids)
-        assert len(ids) + min(64, limit//2) <= limit and dropped % 2 == 0 and 'SYSTEM' in text and 'last' in text
-        assert text.count('question') == 20 - dropped//2
-        seen.add(dropped)
-    assert {0, 2} < seen
-    with pytest.raises(UserError, match='shorten'): prompt_ids(tok, talk, 20)
-    with pytest.raises(UserError, match='nothing to answer'): prompt_ids(tok, [], 20)
-
-
-def test_reply_never_exceeds_the_context(tok):
-    asked = {}
-    class Spy(Parrot):
-        def generate(self, tokens, max_tokens=None, **kw):
-            asked.update(n=len(tokens), max_tokens=max_tokens, **kw)
-            return super().generate(tokens, max_tokens, **kw)
-    engine = Spy(tok, delay=0, repeat=1)
-    engine.model.config.sequence_len = 100
-    list(reply(engine, with_question([], 'fox'), Sampling(max_tokens=10_000, top_k=0, temperature=0)))
-    assert asked['n'] + asked['max_tokens'] == 100 and asked['top_k'] is None and asked['temperature'] == 0
-
+# Without a browser.
 
 def test_stop_and_close_end_the_engine(tok, tmp_path):
     log = tmp_path/'log'
     for at in (1, 2, 7):
         flag = threading.Event()
-        for n, (talk, status) in enumerate(converse(Parrot(tok, log, 0), flag, [], 'fox', '', Sampling()), 1):
-            if n == at: flag.set()
-        assert json.loads(log.read_text().splitlines()[-1])['said'] == at and status == f'stopped after {at} tokens'
-        assert [m['role'] for m in talk] == ['user', 'assistant']
-    stream = converse(Parrot(tok, log, 0), threading.Event(), [], 'fox', '', Sampling())
+        frames = converse(Parrot(tok, log, 0), flag, [], 'fox', pause=0)
+        for _ in range(at): next(frames)
+        flag.set()
+        *_, last = frames
+        assert said(log, event='end')[-1]['said'] == at + 1 and last.status.endswith('stopped')   # the token on its way was the last
+        assert [m['role'] for m in last.messages] == ['user', 'assistant']
+    stream = converse(Parrot(tok, log, 0), threading.Event(), [], 'fox', pause=0)
     next(stream), next(stream), stream.close()
-    assert json.loads(log.read_text().splitlines()[-1])['said'] == 2
+    assert said(log, event='end')[-1]['said'] == 2
 
 
-def test_trouble_becomes_a_sentence(tok, capsys):
+def test_frames_are_few_and_the_last_is_whole(tok):
+    frames = list(converse(Parrot(tok, delay=.001, repeat=30), threading.Event(), [], 'quick brown fox', sampling=Sampling(max_tokens=300), pause=.05))
+    assert 3 <= len(frames) < 40 and frames[-1].messages[-1]['content'][0]['text'].count('🦜') == 30 or 'cut off' in frames[-1].status
+    whole = list(converse(Parrot(tok, delay=0), threading.Event(), [], 'fox', sampling=Sampling(max_tokens=20), pause=0))[-1]
+    assert 'cut off' in whole.status and whole.status.startswith('20 tokens')
+    full = list(converse(Parrot(tok, delay=0, limit=128), threading.Event(), [], 'fox', pause=0))[-1]
+    assert full.status.endswith('context 128/128 · the context is full')
+
+
+def test_trouble_becomes_a_sentence_and_the_question_comes_back(tok, capsys):
     class Broken(Parrot):
         def generate(self, *a, **kw):
             yield self.tokenizer.encode('a')[:1], [1]
             raise RuntimeError('CUDA out of memory')
     before = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
-    *_, (talk, status) = converse(Broken(tok), threading.Event(), before, 'fox', '', Sampling())
-    assert talk == before and 'went wrong' in status and 'CUDA out of memory' in capsys.readouterr().err
-    *_, (talk, status) = converse(Parrot(tok), threading.Event(), before, 'fox ' * 3000, '', Sampling())
-    assert talk == before and 'shorten' in status
+    for engine, text, words in ((Broken(tok), 'fox', 'went wrong'), (Parrot(tok), 'fox ' * 1500, 'shorten'), (Parrot(tok), 'crowded', 'waiting already'), (Parrot(tok), 'x' * (MOST_CHARACTERS + 1), '8,001 characters')):
+        *_, last = converse(engine, threading.Event(), before, text)
+        assert last.messages == before and words in last.status and last.box == text
+    assert 'CUDA out of memory' in capsys.readouterr().err
+    *_, last = converse(Parrot(tok, delay=0), threading.Event(), before, 'x' * MOST_CHARACTERS)
+    assert 'shorten' in last.status      # the most characters are taken; then the context decides
 
 
-def test_conversation_functions():
-    talk = with_question([], 'a', ' be kind ')
-    assert talk[0] == {'role': 'system', 'content': 'be kind'}
-    assert [m['content'] for m in with_question(talk + [{'role': 'assistant', 'content': 'x'}], 'b', 'be brief')] == ['be brief', 'a', 'x', 'b']
-    assert without_last([]) == ([], '') and without_last(talk) == (talk[:1], 'a')
-    assert sampling_of(None, None, None, None) == Sampling() and sampling_of(1, 3.0, 7.0, 9.0) == Sampling(1.0, 3, 7, 9)
+def test_old_turns_leave_with_a_note(tok):
+    talk = []
+    for n in range(4): talk += [{'role': 'user', 'content': f'question {n} ' + 'z' * 40}, {'role': 'assistant', 'content': 'z' * 40}]
+    *_, last = converse(Parrot(tok, delay=0, limit=300), threading.Event(), talk, 'brief')
+    assert 'earlier turns no longer fit into the 300 tokens' in last.note and len(last.messages) == 10
+    *_, last = converse(Parrot(tok, delay=0), threading.Event(), talk, 'brief')
+    assert last.note == ''
 
+
+def test_form_values():
+    assert sampling_of(None, None, None, None, None) == Sampling() and sampling_of(1, 3.0, 7.0, 9.0, .5) == Sampling(1.0, 3, 7, 9, .5)
+
+
+EVIL = '<img src=http://e/x.png>![x](http://e/y.png)</div><!--&lt;'
 
 def test_bubbles_carry_no_markup():
-    evil = '<img src=http://e/x.png>![x](http://e/y.png)'
-    out = bubbles([{'role': 'system', 'content': 's'}, {'role': 'user', 'content': evil}, {'role': 'assistant', 'content': [
-        {'type': 'python', 'text': evil}, {'type': 'python_output', 'text': evil}, {'type': 'text', 'text': evil}, {'type': 'python', 'text': '1+1'}, {'type': 'python_output', 'text': '2'}, {'type': 'python', 'text': '3'}]}])
-    assert all('<' not in b['content'] for b in out) and len(out) == 5
+    out = bubbles([{'role': 'system', 'content': 's'}, {'role': 'user', 'content': EVIL}, {'role': 'assistant', 'content': [
+        {'type': 'python', 'text': EVIL}, {'type': 'python_output', 'text': EVIL}, {'type': 'text', 'text': EVIL}, {'type': 'python', 'text': '1+1'}, {'type': 'python_output', 'text': '2'}, {'type': 'python', 'text': '3'}]}])
+    assert all('<' not in b['content'] for b in out[1:]) and len(out) == 5
     assert [b['metadata']['title'] for b in out if 'metadata' in b] == ['calculator', 'calculator: 2', 'calculator']
     assert [b['metadata']['status'] for b in out if 'metadata' in b] == ['done', 'done', 'pending']
+
+
+@pytest.mark.parametrize('text', [EVIL, 'a < b & c', 'a<b', '<<i>', '&amp;', '&#60;i>', '</script>', '<?php', 'plain', 'x <3 y', '<ſ>', '<!DOCTYPE'])
+def test_a_question_shows_as_typed(text):
+    """An HTML parser finds only text in it, the very text that was typed."""
+    from html.parser import HTMLParser
+    found = []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs): raise AssertionError(tag)
+        handle_endtag = handle_comment = handle_decl = handle_pi = unknown_decl = lambda self, what: (_ for _ in ()).throw(AssertionError(what))
+        def handle_data(self, data): found.append(data)
+    reader = Reader()
+    reader.feed(plain_question(text))
+    reader.close()
+    assert typed(''.join(found)) == typed(plain_question(text)) == text
+
+
+def test_editing_finds_its_question():
+    parts = [{'type': 'text', 'text': 'a'}, {'type': 'python', 'text': '1'}, {'type': 'python_output', 'text': '1'}, {'type': 'text', 'text': 'b'}]
+    talk = [{'role': 'system', 'content': 's'}]
+    for n in range(3): talk += [{'role': 'user', 'content': f'q{n}'}, {'role': 'assistant', 'content': parts}]
+    shown = bubbles(talk)
+    for n in range(3): assert before_question(talk, [b['content'] for b in shown].index(f'q{n}')) == talk[:1 + 2 * n]
+    assert before_question(talk, 99) == talk and before_question([], 0) == []
+
+
+def test_what_a_browser_sends_is_checked():
+    pair = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': [{'type': 'text', 'text': 'a'}]}]
+    assert recalled(pair) == pair and recalled([{'role': 'system', 'content': 's'}, *pair])[1:] == pair
+    for odd in (None, 1, 'x', {}, [1], pair[:1], pair[::-1], [*pair, *pair[::-1]], [{'role': 'tool', 'content': 'x'}, pair[1]], [pair[0], {'role': 'assistant', 'content': [{'type': 'image', 'text': 'x'}]}],
+                [pair[0], {'role': 'assistant', 'content': [{'type': 'text', 'text': 1}]}], [{'role': 'user', 'content': None}, pair[1]], [{'role': 'user', 'content': 'x' * 10**6}, pair[1]]):
+        assert recalled(odd) == []
+    assert len(recalled(pair * MOST_MESSAGES)) == MOST_MESSAGES
 
 
 def test_stops_are_per_session():
     stops = Stops()
     first = stops.start('a')
     other, second = stops.start('b'), stops.start('a')   # a new answer ends the old one of the same session
-    assert first.is_set() and not second.is_set() and not other.is_set()
+    assert first.is_set() and not second.is_set() and not other.is_set() and len(stops) == 2
+    assert not stops.finish('a', first) and stops.finish('a', second) and not stops.running('a')
     stops.stop('b')
-    assert other.is_set() and not second.is_set()
+    assert other.is_set() and not stops.running('b') and stops.get('b') is other
+    stops.leave('b')
+    assert len(stops) == 0 and stops.get('b').is_set()
+
+
+@pytest.fixture
+def touch(tok, tmp_path):
+    gr = pytest.importorskip('gradio', reason='gradio is not installed')
+    return Touch(gr, Parrot(tok, tmp_path/'log', 0, repeat=2), places=2)
+
+
+SETTINGS = (None, .3, 50, 42, 256, 1.)
+
+def test_an_answer_that_was_replaced_says_nothing_more(touch):
+    """Undo, New chat, a retry: what an old answer still wants to say must not overwrite the page."""
+    _, _, _, _, _, text, _ = touch.ask('s', None, 'fox', [])
+    old = touch.answer('s', None, [], text, *SETTINGS)
+    next(old)
+    touch.new('s', None)
+    assert list(old) == []
+    touch.ask('s', None, 'fox', [])
+    old = touch.answer('s', None, [], text, *SETTINGS)
+    next(old)
+    touch.begin('s', [], 'another')
+    assert list(old) == [] and touch.stops.running('s')
+    *_, last = touch.answer('s', None, [], 'another', *SETTINGS)
+    assert last[0][0]['content'] == 'another' and not touch.stops.running('s')
+
+
+def test_stop_before_the_first_token(touch, tmp_path):
+    """While waiting for a free place Stop works too, and the question comes back."""
+    touch.ask('s', None, 'fox', [])
+    touch.stop('s', None)
+    *_, last = touch.answer('s', None, [], 'fox', *SETTINGS)
+    assert last[0] == [] and last[2]['value'] == 'fox' and 'before it began' in last[3] and not (tmp_path/'log').exists()
+    assert touch.ask('s', None, 'again', [])[5] == 'again'     # and the page is free again
+
+
+def test_a_visitor_who_left_is_not_answered(touch, tmp_path):
+    touch.ask('s', None, 'fox', [])
+    touch.leave('s', None)
+    assert list(touch.answer('s', None, [], 'fox', *SETTINGS)) == [] and not (tmp_path/'log').exists()
+
+
+def test_who_waits_is_told(touch):
+    assert [touch.begin(name, [], 'q')[3] for name in 'abc'] == ['reading …', 'reading …', 'waiting for a free place …']
+    assert all(touch.ask('a', None, text, [])[5] == '' for text in ('', '  ', None, 'impatient'))
 
 
 def test_import_leaves_gradio_alone():
-    code = "import sys, nanochat.demo, nanochat.scripts.chat_cli, nanochat.scripts.chat_web; sys.exit('gradio' in sys.modules)"
+    code = "import sys, nanochat.demo, nanochat.chat, nanochat.scripts.chat_cli; sys.exit('gradio' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
@@ -148,20 +183,31 @@ def test_without_gradio_one_sentence(monkeypatch):
     with pytest.raises(UserError, match='pip install'): import_gradio()
 
 
-# A real server in a process of its own, with a slow parrot instead of a model.
+# A real server in a process of its own, with a slow parrot instead of a model, and a real browser.
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     pytest.importorskip('gradio', reason='gradio is not installed')
     log = tmp_path_factory.mktemp('parrot')/'log'
     log.touch()
-    process = subprocess.Popen([sys.executable, str(Path(__file__).parent/'chat_actor.py'), str(log), '0.02', '400'], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, str(Path(__file__).parent/'chat_actor.py'), str(log), '0.01', '400', '600'], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, 'GRADIO_ANALYTICS_ENABLED': 'False', 'OMP_NUM_THREADS': '1'})
     url = process.stdout.readline().strip()
     assert url.startswith('http://127.0.0.1'), 'the server did not start'
-    yield url, lambda: [json.loads(line) for line in log.read_text().splitlines()]
+    yield SimpleNamespace(url=url, log=log, host=url.split('/')[2])
     process.terminate()
     process.wait(10)
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    path = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
+    if not path: pytest.skip('no Chromium on this machine')
+    with sync_api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield b
+        b.close()
 
 
 def wait_for(condition, seconds=15):
@@ -172,78 +218,242 @@ def wait_for(condition, seconds=15):
     return found
 
 
-def text_of(result): return result[0][-1]['content'][0]['text'] if isinstance(result[0][-1]['content'], list) else result[0][-1]['content']
+class Visitor:
+    """Someone with a browser of their own. Every request, page error and console error is noted, and must be none of the outside's."""
+    def __init__(self, chromium, server, **context):
+        self.server, self.troubles = server, []
+        self.context = chromium.new_context(**dict(viewport=dict(width=900, height=760)) | context)
+        self.context.on('request', lambda r: r.url.startswith(('data:', 'blob:')) or r.url.split('/')[2] == server.host or self.troubles.append(r.url))
+        self.open()
+
+    def open(self):
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.page.on('pageerror', lambda e: self.trouble(str(e)))
+        self.page.on('console', lambda m: m.type in ('error', 'warning') and self.trouble(m.text))
+        self.page.goto(self.server.url)
+        self.ready()
+
+    def trouble(self, text):
+        if not re.match('AbortError|Unexpected error Connection errored out', text): self.troubles.append(text)   # Gradio's own, when a page with a running answer goes
+
+    def ready(self):
+        self.page.wait_for_selector('#box .submit-button')
+        self.page.wait_for_function('document.querySelector("#status")?.innerText.length > 0')
+        self.page.evaluate('new MutationObserver(() => { window.ran ||= !!document.querySelector("#box .stop-button") }).observe(document.body, {subtree: true, childList: true})')
+
+    def reload(self):
+        self.page.reload()
+        self.ready()
+
+    def ask(self, text, wait=True):
+        self.page.fill('#box textarea', text)
+        self.begin(lambda: self.page.press('#box textarea', 'Enter'))
+        if wait: self.done()
+
+    def begin(self, act):
+        """Do what starts an answer, and wait until it has started."""
+        self.page.evaluate('window.ran = false')
+        act()
+        self.page.wait_for_function('window.ran')
+
+    def done(self):
+        """Until the answer has ended."""
+        self.page.wait_for_selector('#box .submit-button')
+
+    def growing(self, text=''):
+        self.page.wait_for_selector('#box .stop-button')
+        self.page.locator('[data-testid="bot"]', has_text=text).last.wait_for()
+
+    questions = property(lambda self: [typed(e.inner_text()) for e in self.page.query_selector_all('[data-testid="user"]')])
+    answers = property(lambda self: [e.inner_text().strip() for e in self.page.query_selector_all('[data-testid="bot"]')])
+    status = property(lambda self: self.page.inner_text('#status'))
+    box = property(lambda self: self.page.input_value('#box textarea'))
+
+    def close(self):
+        self.context.close()
+        assert not self.troubles, self.troubles
 
 
-def test_server_streams_and_keeps_visitors_apart(server):
-    """Two clients at once: each hears only its own words, and one's Stop leaves the other's answer running."""
-    from gradio_client import Client
-    url, log = server
-    one, two = Client(url, verbose=False), Client(url, verbose=False)
-    a = one.submit('alpha', '', .5, 0, 11, 300, 1, api_name='/chat')
-    b = two.submit('omega', '', 0, 5, 12, 300, 1, api_name='/chat')
-    wait_for(lambda: len(a.outputs()) > 3 and len(b.outputs()) > 3)
-    one.predict(api_name='/stop')
-    ended = wait_for(lambda: [e for e in log() if e['event'] == 'end' and e['question'] == 'alpha'])[0]
-    seen = len(b.outputs())
-    wait_for(lambda: len(b.outputs()) > seen + 3)          # the other goes on
-    assert ended['said'] < 300 and not [e for e in log() if e['event'] == 'end' and e['question'] == 'omega']
-    first, second = a.result(timeout=20), b.outputs()[-1]
-    assert 'alpha' in text_of(first) and 'omega' not in text_of(first) and 'stopped' in first[2]
-    assert 'omega' in text_of(second) and 'alpha' not in text_of(second)
-    again = one.submit('gamma', '', .5, 0, 11, 5, 1, api_name='/chat')
-    again.result(timeout=20)
-    prompts = [e['prompt'] for e in log() if e['event'] == 'start']
-    assert not any('alpha' in p and 'omega' in p for p in prompts)
-    assert 'alpha' in prompts[-1] and 'gamma' in prompts[-1]   # a stopped answer stays in the conversation
-    starts = {e['seed']: e for e in log() if e['event'] == 'start'}
-    assert starts[12]['top_k'] == 5 and starts[12]['temperature'] == 0 and starts[11]['top_k'] is None
-    two.predict(api_name='/stop')
-    for c in (one, two): c.close()
+@pytest.fixture
+def visitor(chromium, server):
+    """Makes visitors and sees them out."""
+    there = []
+    def enter(**context):
+        there.append(Visitor(chromium, server, **context))
+        return there[-1]
+    yield enter
+    for v in there: v.close()
 
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
-    if not chromium: pytest.skip('no Chromium on this machine')
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield b
-        b.close()
+def test_type_stream_stop(visitor, server):
+    """The answer grows; Escape, and the button, end it within a token; markup stays text; the tool call unfolds by keyboard."""
+    v = visitor(viewport=dict(width=390, height=800))
+    assert 'parrot · step 7' in v.page.inner_text('#info') and v.page.evaluate('document.activeElement.tagName') == 'TEXTAREA'
+    v.page.keyboard.type('tool <b>bold</b> <img src=http://outside.example/x.png>')
+    v.page.keyboard.press('Shift+Enter')
+    v.page.keyboard.type('two  lines')
+    v.page.keyboard.press('Enter')
+    v.growing('lines🦜')
+    first = len(v.answers[-1])
+    v.page.wait_for_function('n => [...document.querySelectorAll(\'[data-testid="bot"]\')].at(-1).innerText.length > n', arg=first)
+    v.page.keyboard.press('Escape')
+    v.done()
+    end = wait_for(lambda: said(server.log, event='end'))[-1]
+    assert v.status.startswith(f"{end['said']} tokens · ") and v.status.endswith(' · stopped') and ' tokens/s · context ' in v.status
+    assert v.questions == ['tool <b>bold</b> <img src=http://outside.example/x.png>\ntwo  lines'] and '\ntwo  lines🦜' in v.answers[-1]
+    assert v.page.locator('#chat .message b, #chat .message img').count() == 0
+    assert v.page.evaluate('[document.documentElement.scrollWidth, document.documentElement.scrollHeight]') == [390, 800]
+    v.page.focus('.thought-group [role="button"]')
+    v.page.keyboard.press('Enter')
+    v.page.wait_for_selector('text=/^12\\*7\\s*= 84$/')
+    v.ask('stop by the button', wait=False)
+    v.growing('stop by')
+    v.page.click('#box .stop-button')
+    v.done()
+    assert said(server.log, event='end')[-1]['said'] < 100
 
 
-def test_in_a_real_browser(server, browser):
-    """Type, watch the answer grow, fold out the tool call, press Stop, undo, close the tab; nothing is asked of the outside."""
-    url, log = server
-    page, requests, errors = browser.new_page(viewport=dict(width=390, height=800)), [], []
-    page.on('request', lambda r: requests.append(r.url))
-    page.on('pageerror', lambda e: errors.append(str(e)))
-    page.goto(url)
-    page.fill('#box textarea', 'tool <b>bold</b> <img src=http://outside.example/x.png>')
-    page.click('#send')
-    bot = page.locator('[data-testid="bot"]').last
-    bot.wait_for()
-    first = bot.inner_text()
-    page.wait_for_function('n => [...document.querySelectorAll(\'[data-testid="bot"]\')].at(-1).innerText.length > n', arg=len(first))   # it grows
-    page.locator('[data-testid="bot"]', has_text='bold</b>').last.wait_for()
-    assert 'parrot · step 7' in page.inner_text('#info') and 'calculator: 84' in page.inner_text('body')
-    page.click('#stop')
-    page.wait_for_selector('#send')
-    said = wait_for(lambda: [e for e in log() if e['event'] == 'end' and 'tool' in e['question']])[0]['said']
-    assert page.inner_text('#status') == f'stopped after {said} tokens'
-    assert page.locator('[data-testid="bot"] b, [data-testid="bot"] img, [data-testid="user"] img').count() == 0
-    page.click('text=calculator: 84')
-    page.wait_for_selector('text=12*7')
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    page.locator('button[aria-label="Undo"], button[title="Undo"]').first.click()
-    page.wait_for_function('document.querySelectorAll(\'[data-testid="user"]\').length == 0')
-    assert 'bold' in page.input_value('#box textarea')
-    page.fill('#box textarea', 'vanishing')
-    page.press('#box textarea', 'Enter')
-    wait_for(lambda: [e for e in log() if e['event'] == 'start' and 'vanishing' in e['prompt']])
-    assert 'bold' not in [e for e in log() if e['event'] == 'start'][-1]['prompt']
-    page.locator('[data-testid="bot"]').last.wait_for()
-    page.close()
-    wait_for(lambda: [e for e in log() if e['event'] == 'end' and e['question'] == 'vanishing'], seconds=5)   # 400 repetitions would take half a minute
-    assert not errors and {r.split('/')[2] for r in requests if r.startswith('http')} == {url.split('/')[2]}
+def test_retry_undo_edit(visitor, server):
+    v = visitor()
+    v.ask('brief one')
+    v.ask('brief two')
+    assert v.questions == ['brief one', 'brief two'] and v.answers == ['brief one🦜', 'brief two🦜'] and v.box == ''
+    v.begin(lambda: v.page.click('button[aria-label="Retry"]'))
+    v.done()
+    assert [e['seed'] for e in said(server.log, event='start', question='brief two')] == [42, 43] and len(v.questions) == 2
+    v.page.click('button[aria-label="Undo"]')
+    v.page.wait_for_function('document.querySelectorAll(\'[data-testid="user"]\').length == 1')
+    assert v.box == 'brief two' and v.answers == ['brief one🦜']
+    v.ask('brief a<b & c')
+    v.page.hover('[data-testid="user"] >> nth=1')
+    v.page.click('button[aria-label="Edit"] >> nth=1')
+    editor = v.page.locator('#chat textarea')
+    assert typed(editor.input_value()) == 'brief a<b & c'
+    editor.fill('brief <i>edited</i>')
+    v.begin(lambda: v.page.click('button[aria-label="Submit"]'))
+    v.done()
+    assert v.questions == ['brief one', 'brief <i>edited</i>'] and 'a<b' not in said(server.log, event='start')[-1]['prompt']
+    v.page.hover('[data-testid="user"] >> nth=0')
+    v.page.click('button[aria-label="Edit"] >> nth=0')   # the earlier question: what came after it goes
+    v.page.locator('#chat textarea').fill('brief anew')
+    v.begin(lambda: v.page.click('button[aria-label="Submit"]'))
+    v.done()
+    assert v.questions == ['brief anew'] and v.answers == ['brief anew🦜']
+    v.page.click('#new')
+    v.page.wait_for_selector('#chat .examples')
+    assert v.questions == [] and v.page.locator('#chat .example').count() == len(EXAMPLES)
+
+
+def test_settings_take_effect(visitor, server):
+    v = visitor()
+    v.page.click('#settings .toggle-button')
+    v.page.get_by_label('System prompt').fill('Be a parrot.')
+    for name, value in (('Temperature', '0.7'), ('Top-k', '7'), ('Top-p', '0.9'), ('Longest answer', '9')):
+        v.page.get_by_label(f'number input for {name}').fill(value)
+        v.page.keyboard.press('Tab')
+    v.page.get_by_label('Seed').fill('11')
+    v.page.keyboard.press('Tab')
+    v.page.click('#settings .toggle-button')
+    v.ask('settings matter')
+    e = said(server.log, event='start')[-1]
+    assert (e['temperature'], e['top_k'], e['top_p'], e['seed'], e['max_tokens']) == (.7, 7, .9, 11, 9) and 'Be a parrot.' in e['prompt'] and 'settings matter' in e['prompt']
+    assert 'cut off' in v.status and v.status.startswith('9 tokens')
+    v.reload()
+    v.page.locator('[data-testid="user"]').wait_for()
+    assert v.page.get_by_label('System prompt').input_value() == 'Be a parrot.'
+
+
+def test_two_browsers_at_once(visitor, server):
+    """Each hears only its own words, and one's Stop leaves the other's answer running."""
+    one, two = visitor(), visitor()
+    one.ask('alpha', wait=False)
+    two.ask('omega', wait=False)
+    one.growing('alpha'), two.growing('omega')
+    one.page.keyboard.press('Escape')
+    one.done()
+    length = len(two.answers[-1])
+    two.page.wait_for_function('n => [...document.querySelectorAll(\'[data-testid="bot"]\')].at(-1).innerText.length > n', arg=length)
+    assert not said(server.log, event='end', question='omega') and said(server.log, event='end', question='alpha')[0]['said'] < 200
+    assert 'omega' not in one.page.inner_text('body') and 'alpha' not in two.page.inner_text('body')
+    one.ask('brief gamma')
+    last = said(server.log, event='start', question='brief gamma')[0]['prompt']
+    assert 'alpha' in last and 'omega' not in last     # what was said until Stop stays in the conversation
+    two.page.keyboard.press('Escape')
+    two.done()
+    assert one.answers[-1] == 'brief gamma🦜' and 'gamma' not in two.page.inner_text('body')
+
+
+def test_reload_and_leaving(visitor, server):
+    """The conversation is this browser's: a reload shows it again, another browser never; a running answer ends with its page."""
+    v = visitor()
+    v.ask('brief memory')
+    v.reload()
+    v.page.locator('[data-testid="bot"]', has_text='brief memory').wait_for()
+    v.ask('brief again')
+    assert 'brief memory' in said(server.log, event='start', question='brief again')[0]['prompt']
+    v.ask('cut by a reload', wait=False)
+    v.growing('cut by')
+    v.reload()
+    v.page.locator('[data-testid="bot"]', has_text='brief again').wait_for()
+    assert wait_for(lambda: said(server.log, event='end', question='cut by a reload'), seconds=4)[0]['said'] < 256
+    assert visitor().questions == []
+    v.ask('vanishing', wait=False)
+    v.growing('vanishing')
+    v.page.close()
+    assert wait_for(lambda: said(server.log, event='end', question='vanishing'), seconds=4)[0]['said'] < 256
+    v.open()
+    v.page.locator('[data-testid="bot"]', has_text='brief again').wait_for()
+    v.page.click('#new')
+    v.page.wait_for_selector('#chat .examples')
+    v.reload()
+    v.page.wait_for_selector('#chat .examples')
+    assert v.questions == []
+
+
+def test_the_reader_is_told(visitor, server):
+    """Forgotten turns are noted; a message that cannot fit, or a full queue, is a sentence, and the question stays in the box."""
+    v = visitor()
+    for n in range(2): v.ask(f'brief {n} ' + 'z' * 120)
+    assert not v.page.is_visible('#note')
+    v.ask('brief 2 ' + 'z' * 120)
+    assert 'earlier turns no longer fit into the 600 tokens' in v.page.inner_text('#note')
+    kept = v.questions
+    for text, words in (('y' * 700, 'shorten'), ('crowded', 'waiting already; try again')):
+        v.ask(text)
+        assert words in v.page.inner_text('#status [role="alert"]') and v.box == text and v.questions == kept
+    v.page.click('#new')
+    v.page.wait_for_selector('#chat .examples')
+    assert not v.page.is_visible('#note')
+    v.page.click('#chat .example >> nth=0')
+    v.growing('possession')
+    v.page.keyboard.press('Escape')
+    v.done()
+    assert v.questions == [list(EXAMPLES)[0]]
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_light_and_dark(visitor, scheme):
+    """Follows the system, switches by hand and remembers that; text stands out from its ground."""
+    v = visitor(color_scheme=scheme)
+    dark = lambda: v.page.evaluate('document.body.classList.contains("dark")')
+    light_of = lambda what, kind: sum(map(int, v.page.evaluate(f'getComputedStyle(document.querySelector("{what}")).{kind}').split('(')[1].split(')')[0].split(',')[:3]))
+    assert dark() == (scheme == 'dark')
+    for _ in range(2):
+        assert (light_of('gradio-app', 'backgroundColor') < 200) == dark() and abs(light_of('#chat h2', 'color') - light_of('gradio-app', 'backgroundColor')) > 400
+        v.page.click('#dark')
+    v.page.click('#dark')
+    v.reload()
+    v.page.wait_for_selector('#chat .examples')
+    wait_for(lambda: dark() == (scheme == 'light'), 5)
+
+
+def test_everything_by_keyboard(visitor):
+    """Tab reaches every control that the mouse has, and each says what it is."""
+    v = visitor()
+    v.ask('brief tool')
+    seen, names = set(), []
+    for _ in range(40):
+        v.page.keyboard.press('Tab')
+        names.append(v.page.evaluate('(e => e.getAttribute("aria-label") || e.innerText || e.tagName)(document.activeElement)'))
+    assert {'Edit', 'Retry', 'Undo', 'New chat', 'Send', 'TEXTAREA'} <= set(names) and any('calculator' in n for n in names) and any('ettings' in n for n in names) and any('dark' in n for n in names), names
