@@ -133,9 +133,47 @@ def test_terminal_ctrl_c_stops_the_answer_not_the_program(checkpoint):
     t.read_until(r'\n> $', 30)
     t.type('again\r')
     t.read_until(r'again\r\n(?s:.{5,})')
-    t.ctrl_c(r'\n> $')
+    said = t.ctrl_c(r'\n> $')
+    assert re.search(r'\x1b\[2m\d+ tokens · [\d,]+ tokens/s · context \d+/512 · stopped\x1b\[0m', said)   # on a terminal: dim, below the answer
     t.type('\x04')
     assert t.wait() == 0
+
+
+def test_history_is_recalled_and_private(checkpoint):
+    """What was asked yesterday comes back with the arrow key; nobody else on the machine can read it."""
+    pytest.importorskip('readline', reason='this Python has no readline')
+    t = Terminal(checkpoint, '--max-tokens', '5')
+    t.read_until(r'\n> $')
+    t.type('a question of mine\r')
+    t.read_until(r'\n> $', 30)
+    t.type('/quit\r')
+    assert t.wait() == 0
+    path = checkpoint/'chat_history'
+    assert 'a question of mine' in path.read_text() and path.stat().st_mode & 0o077 == 0
+    t = Terminal(checkpoint, '--max-tokens', '5')
+    t.read_until(r'\n> $')
+    t.type('\x1b[A\x1b[A')
+    t.read_until('a question of mine')
+    t.type('\x15/quit\r')
+    assert t.wait() == 0
+
+
+def test_commands_of_the_terminal(checkpoint):
+    """/retry answers anew with another seed, /undo forgets, /system is told to the model from the next question on."""
+    out = run(checkpoint, '--max-tokens', '30', '--temperature', '1', '--top-k', '0', stdin='/retry\nhello\n/retry\n/undo\n/undo\n/system be brief\n/system\n/quit\n')
+    assert out.returncode == 0, out.stderr
+    for words in ('nothing was asked yet', 'taken back: hello', 'nothing to take back', 'on: be brief', 'no system prompt'): assert words in out.stdout
+    one, two = out.stdout.split('(nothing was asked yet)\n')[1].split('(taken back')[0].strip('\n'), run(checkpoint, '-p', 'hello', '--max-tokens', '30', '--temperature', '1', '--top-k', '0').stdout
+    assert one.startswith(two.rstrip('\n')) and len(one) > len(two) + 5     # the first answer is the seed's own; another follows
+    assert 'tokens/s' not in out.stdout      # a pipe gets what the model says
+
+
+def test_what_was_forgotten_is_said(checkpoint):
+    """When old turns no longer fit, a note goes to the error stream of a pipe; a question that alone does not fit is one sentence, and the chat goes on."""
+    question = 'hello world ' * 25
+    out = run(checkpoint, '--max-tokens', '60', stdin='\n'.join([question] * 9) + '\n' + 'hello ' * 2000 + '\nhello\n')
+    assert out.returncode == 0 and re.search(r'\d+ earlier turns no longer fit into the 512 tokens', out.stderr) and 'please shorten it' in out.stdout
+    assert 'earlier turns' not in out.stdout
 
 
 def test_ctrl_c_during_one_prompt_is_130(checkpoint):
