@@ -9,7 +9,7 @@ __all__ = ['MOST_MESSAGES', 'MOST_CHARACTERS', 'EXAMPLES', 'CSS', 'JS', 'TOGGLE'
            'shared', 'build_demo', 'close_both', 'describe', 'load_engine', 'launch']
 
 # %% ../nbs/17_demo.ipynb #6dc5cda9
-import contextlib, html, inspect, os, re, threading, time, traceback
+import contextlib, html, inspect, json, os, re, threading, time, traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -68,11 +68,12 @@ def is_message(m: Any) -> bool:
         isinstance(p, dict) and p.get('type') in ('text', 'python', 'python_output') and isinstance(p.get('text'), str) for p in content)
 
 def recalled(kept: Any) -> list[dict]:
-    "The conversation that a browser sent back: its newest pairs of question and answer; [] when it is not one."
+    "The conversation that a browser sent back, the newest 200 messages or 128 kB of it; [] when it is not one."
     if not isinstance(kept, list) or not all(map(is_message, kept)): return []
     head, turns = [m for m in kept[:1] if m['role'] == 'system'], [m for m in kept if m['role'] != 'system']
     if len(turns) % 2 or any(m['role'] != ('user', 'assistant')[i % 2] for i, m in enumerate(turns)): return []
-    return head + turns[-MOST_MESSAGES:]
+    while len(turns) > MOST_MESSAGES or len(json.dumps(turns)) > 16 * MOST_CHARACTERS: turns = turns[2:]
+    return head + turns
 
 # %% ../nbs/17_demo.ipynb #fa872602
 class Stops:
@@ -147,7 +148,7 @@ def converse(engine: Any, flag: threading.Event, messages: list[dict], text: str
     sorry = 'something went wrong while answering; the terminal of the server says what'
     try:
         if flag.is_set(): yield Frame(messages, 'stopped before it began', box=text)
-        elif len(text) > MOST_CHARACTERS: raise UserError(f'this message has {len(text):,} characters; {MOST_CHARACTERS:,} is the most')
+        elif (n := max(len(text), len(system))) > MOST_CHARACTERS: raise UserError(f'this message has {n:,} characters; {MOST_CHARACTERS:,} is the most')
         else: yield from answer_frames(engine, flag, with_question(messages, text, system), sampling, pause)
     except UserError as e: yield Frame(messages, str(e), box=text)
     except Exception:  # a page that freezes tells its reader nothing; the full story goes to the server's terminal
@@ -169,8 +170,8 @@ EXAMPLES = {  # what the card says: what is asked
 }
 
 def import_gradio() -> Any:
-    "Gradio, with its telemetry off. Raises `UserError` where it is not installed."
-    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
+    "Gradio, with its telemetry and its own record of what was said off. Raises `UserError` where it is not installed."
+    for name in ('GRADIO_ANALYTICS_ENABLED', 'GRADIO_RUN_HISTORY'): os.environ.setdefault(name, 'False')
     try: import gradio
     except ImportError as e: raise UserError("the web chat needs gradio; run pip install 'nanochat[serve]', or chat in the terminal: python -m nanochat.scripts.chat_cli") from e
     return gradio
@@ -334,7 +335,7 @@ class Touch(Page):
 # %% ../nbs/17_demo.ipynb #41e4ae8b
 def shared(engine: Any, tokenizer: Any = None) -> tuple[Any, int, bool]:
     "What answers the page's visitors, for how many at once, and whether it was made here (and must be closed). `engine`: a scheduler, an engine, or a model with its tokenizer."
-    if isinstance(engine, Scheduler): return engine, engine.slots, False
+    if hasattr(engine, 'submit'): return engine, engine.stats()['slots'], False
     if not hasattr(engine, 'generate') or not hasattr(engine, 'tokenizer'): engine = Engine(engine, tokenizer)
     if not isinstance(engine, Engine): return engine, 4, False
     scheduler = Scheduler(engine)

@@ -114,6 +114,8 @@ def test_what_a_browser_sends_is_checked():
                 [pair[0], {'role': 'assistant', 'content': [{'type': 'text', 'text': 1}]}], [{'role': 'user', 'content': None}, pair[1]], [{'role': 'user', 'content': 'x' * 10**6}, pair[1]]):
         assert recalled(odd) == []
     assert len(recalled(pair * MOST_MESSAGES)) == MOST_MESSAGES
+    large = [{'role': 'user', 'content': 'x' * MOST_CHARACTERS}, pair[1]]
+    assert 2 < len(recalled([*pair, *large * 30])) < 60 and recalled([*large * 30, *pair])[-2:] == pair
 
 
 def test_stops_are_per_session():
@@ -170,6 +172,77 @@ def test_a_visitor_who_left_is_not_answered(touch, tmp_path):
 def test_who_waits_is_told(touch):
     assert [touch.begin(name, [], 'q')[3] for name in 'abc'] == ['reading …', 'reading …', 'waiting for a free place …']
     assert all(touch.ask('a', None, text, [])[5] == '' for text in ('', '  ', None, 'impatient'))
+
+
+@pytest.fixture(scope='module')
+def tiny(tok):
+    """A model that knows nothing, on an engine."""
+    import torch
+    from nanochat.engine import Engine
+    from nanochat.gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(sequence_len=256, vocab_size=tok.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32, window_pattern='L')).to_empty(device='cpu')
+    torch.manual_seed(0)
+    model.init_weights()
+    return Engine(model.eval(), tok)
+
+
+def ask(scheduler, text, out, flag=None): out[text] = list(converse(scheduler, flag or threading.Event(), [], text, sampling=Sampling(temperature=1, max_tokens=60), pause=0))
+
+
+def test_many_visitors_of_one_scheduler(tiny):
+    """More visitors than slots: each gets the answer that the engine alone would give, and nothing is left behind."""
+    from nanochat.engine import Scheduler
+    alone, together = {}, {}
+    for n in range(6): ask(tiny, f'question {n}', alone)
+    with Scheduler(tiny, slots=2) as scheduler:
+        threads = [threading.Thread(target=ask, args=(scheduler, f'question {n}', together)) for n in range(6)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert scheduler.unfinished() == 0
+        flag, seen = threading.Event(), []
+        for frame in converse(scheduler, flag, [], 'question 0', sampling=Sampling(temperature=1), pause=0):
+            seen.append(frame)
+            if len(seen) == 3: flag.set()
+        wait_for(lambda: scheduler.unfinished() == 0, 2)     # Stop frees the slot
+        assert seen[-1].status.startswith('4 tokens') and len(seen) == 4
+    for text in alone: assert together[text][-1].messages == alone[text][-1].messages and together[text][-1].status.split()[0] == alone[text][-1].status.split()[0]
+
+
+def test_a_full_queue_puts_the_question_back(tiny):
+    from nanochat.engine import Scheduler
+    scheduler = Scheduler(tiny, slots=1, max_waiting=0)
+    first = converse(scheduler, threading.Event(), [], 'first', sampling=Sampling(temperature=1), pause=0)
+    next(first)
+    out = {}
+    ask(scheduler, 'second', out)
+    assert 'try again' in out['second'][-1].status and out['second'][-1].box == 'second'
+    first.close()
+    wait_for(lambda: scheduler.unfinished() == 0, 2)
+    ask(scheduler, 'third', out)
+    assert out['third'][-1].box is None
+    scheduler.close()
+    ask(scheduler, 'late', out)
+    assert 'closed' in out['late'][-1].status and out['late'][-1].box == 'late'
+
+
+def test_closing_the_page_closes_its_scheduler(tiny):
+    """A page that made its scheduler ends it; one that was given a scheduler leaves it alone."""
+    pytest.importorskip('gradio', reason='gradio is not installed')
+    from nanochat.demo import build_demo, shared
+    from nanochat.engine import Scheduler
+    threads = lambda: [t for t in threading.enumerate() if t.name == 'nanochat-scheduler']
+    before = len(threads())
+    scheduler, places, ours = shared(tiny)
+    assert ours and places == scheduler.slots and shared(scheduler) == (scheduler, places, False) and len(threads()) == before   # nothing runs before the first question
+    demo = build_demo(tiny)
+    demo.close(verbose=False)
+    with Scheduler(tiny, slots=3) as given:
+        demo = build_demo(given)
+        demo.close(verbose=False)
+        out = {}
+        ask(given, 'still there?', out)
+        assert out['still there?'][-1].box is None and len(threads()) == before + 1
+    assert len(threads()) == before
 
 
 def test_import_leaves_gradio_alone():
