@@ -12,13 +12,13 @@ __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES',
            'public_events', 'WorkerPool', 'Pool', 'Served', 'check_model', 'too_long', 'prompt_of', 'Service', 'health',
            'stats', 'send_json', 'refuse', 'ClientGone', 'too_large', 'limited', 'header', 'under', 'check_host',
            'check_key', 'Guard', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole',
-           'deliver', 'log_entry', 'record', 'Metrics', 'Counted', 'read_body', 'check_type', 'live_response', 'answer',
-           'error_response', 'error_schema', 'documented', 'completion_schema', 'add_chat', 'add_facts', 'add_refusals',
-           'build_app', 'listen', 'url_of', 'make_server', 'drained', 'stop_gently', 'run_server', 'serve', 'Running',
-           'choose_devices', 'load_pool']
+           'deliver', 'log_entry', 'append_private', 'record', 'Metrics', 'Counted', 'read_body', 'check_type',
+           'live_response', 'answer', 'error_response', 'error_schema', 'documented', 'completion_schema', 'add_chat',
+           'add_facts', 'add_refusals', 'build_app', 'listen', 'url_of', 'make_server', 'drained', 'stop_gently',
+           'end_now', 'run_server', 'serve', 'Running', 'choose_devices', 'load_pool']
 
 # %% ../nbs/16_server.ipynb #ad58b17d
-import asyncio, contextlib, functools, hmac, json, re, secrets, signal, socket, sys, threading, time, traceback
+import asyncio, contextlib, functools, hmac, json, logging, os, re, secrets, signal, socket, sys, threading, time, traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -731,11 +731,16 @@ def log_entry(job: Job) -> dict:
     answers = [{'content': c.content, 'finish_reason': 'stop' if c.cutter.hit else c.ticket.finish_reason} for c in job.choices]
     return {'time': job.created, 'id': job.id, 'model': job.model, 'messages': job.chat.messages, **settings, 'answers': answers, 'usage': job.usage()}
 
+def append_private(path: Path | str, entry: dict) -> None:
+    "Append a line to a file that only its owner may read."
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    append_jsonl(path, entry)
+
 async def record(service: Service, job: Job) -> None:
     "Note how long the answer took and, where the owner wants it, what was said."
     if service.metrics: service.metrics.answered(job)
     if not service.log: return
-    try: await asyncio.shield(asyncio.to_thread(append_jsonl, service.log, log_entry(job)))
+    try: await asyncio.shield(asyncio.to_thread(append_private, service.log, log_entry(job)))
     except OSError as e: print(f'cannot write the conversation log: {e}', file=sys.stderr)
 
 # %% ../nbs/16_server.ipynb #1ed762f9
@@ -843,7 +848,7 @@ def error_schema() -> dict:
 def documented(*statuses: int, body: dict | None = None, stream: bool = False) -> dict:
     "Arguments for a FastAPI route: its body's schema and what it may answer beside 200."
     error = {'description': 'An error in OpenAI\'s form', 'content': {'application/json': {'schema': error_schema()}}}
-    ok = {200: {'description': 'OK', 'content': {'application/json': {'schema': {'type': 'object'}}} | ({'text/event-stream': {'schema': {'type': 'string'}}} if stream else {})}}
+    ok = {200: {'description': 'OK', 'content': {'application/json': {'schema': {'type': 'object'}}} | ({'text/event-stream': {'schema': {'type': 'object', 'required': ['data'], 'properties': {'data': {'type': 'string'}}}}} if stream else {})}}
     extra = {'openapi_extra': {'requestBody': {'required': True, 'content': {'application/json': {'schema': body}}}}} if body else {}
     return {'responses': ok | {s: error for s in (*statuses, 401, 421, 500)}} | extra
 
@@ -975,13 +980,18 @@ async def stop_gently(service: Service, server: Any, seconds: float) -> None:
         print(f'some answers were cut off after {seconds:g} s', file=sys.stderr)
         await asyncio.to_thread(service.pool.close, drain=False, timeout=2)
         await drained(service, 2)
-    server.should_exit = True
+    end_now(server, 2)
+
+def end_now(server: Any, seconds: int) -> None:
+    "End the server; open pages, which would listen forever, get `seconds` to leave. uvicorn would report each with a traceback."
+    logging.getLogger('uvicorn.error').setLevel(logging.CRITICAL)
+    server.config.timeout_graceful_shutdown, server.should_exit = seconds, True
 
 async def run_server(app: Any, service: Service, sock: socket.socket, drain_seconds: float = 30.0, ready: Callable = lambda: None, signals: bool = True) -> None:
     "Serve until a signal comes (SIGINT or SIGTERM), then end gently; a second signal ends at once."
     server, loop, ending = make_server(app), asyncio.get_running_loop(), []
     def on_signal() -> None:
-        if ending: server.should_exit = server.force_exit = True
+        if ending: end_now(server, 0)
         else: ending.append(loop.create_task(stop_gently(service, server, drain_seconds)))
     for s in (signal.SIGINT, signal.SIGTERM) if signals else (): signal.signal(s, lambda *_: loop.call_soon_threadsafe(on_signal))
     service.stop = lambda: loop.call_soon_threadsafe(on_signal)

@@ -47,6 +47,7 @@ def bind(host: str, port: int) -> socket.socket:
     "A socket on that port. Raises `UserError` with a free port when it is taken or is none."
     if not 0 < port < 65536: raise UserError(f'--port {port} is not a port; use one from 1 to 65535, for example 8000')
     try: return listen(host, port)
+    except socket.gaierror as e: raise UserError(f'cannot listen on {host}: no such address; try --host 127.0.0.1') from e
     except OSError: pass
     free = next((p for p in range(port + 1, min(port + 100, 65536)) if port_is_free(host, p)), None)
     raise UserError(f'cannot listen on {host}:{port}: another program does, or the address is not this machine\'s; ' + (f'try --port {free}' if free else 'try --host 127.0.0.1'))
