@@ -295,7 +295,7 @@ def _run(job: dict, announce) -> None:
         del reserve
         full = type(e) is MemoryError or (type(e) is OSError and e.errno == 12)
         words = [b'memory' if full else b'fail', _describe(e).encode('utf8', 'replace').hex().encode()]
-        try: hook(type(e), e, e.__traceback__ and e.__traceback__.tb_next)
+        try: hook(type(e), e.with_traceback(e.__traceback__.tb_next), None)                  # without our own frame
         except BaseException: pass
     try: _flush(streams)
     except BaseException: pass
@@ -307,13 +307,17 @@ def _flush(streams: list) -> None:
     for stream in [sys.stdout, sys.stderr, *streams]: stream.flush()
 
 # %% ../nbs/11_execution.ipynb #367fb35e
-def _confine(job: dict, notes: dict, report: int) -> int:
-    "Lock the doors behind the process that will run the code. Returns the descriptor for announcements."
-    null, private = os.open('/dev/null', os.O_RDWR), notes['mount'] == ''
-    os.dup2(null, 0)
+def _descriptors(report: int) -> int:
+    "Close all files but standard output and error; input becomes empty. Returns where announcements go: a random number."
+    os.dup2(os.open('/dev/null', os.O_RDWR), 0)
     spare = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1024) - 100
     fd = os.dup2(report, 100 + int.from_bytes(os.urandom(4), 'big') % spare)
     os.closerange(3, fd), os.closerange(fd + 1, 4096)
+    return fd
+
+def _confine(job: dict, notes: dict) -> None:
+    "Lock the doors behind the process that will run the code."
+    private = notes['mount'] == ''
     if notes['processes'] == '': os.setsid()
     _attempt(job, notes, 'no_new_privs', _call, 'prctl', 38, 1, 0, 0, 0)
     devices = ['/dev/null', '/dev/zero', '/dev/random', '/dev/urandom']
@@ -321,12 +325,11 @@ def _confine(job: dict, notes: dict, report: int) -> int:
     _attempt(job, notes, 'user', _become_nobody, job)
     _attempt(job, notes, 'parent', _die_with_parent)                                         # changing the user forgot it
     _attempt(job, notes, 'limits', _limit, job)
-    scratch = '/scratch' if private else '/' if notes['landlock'] == '' else job['scratch']
+    scratch = '/scratch' if private else '/' if notes['landlock'] == '' else job['scratch'] or '/'
     os.chdir(scratch)
     os.environ.clear()
     os.environ.update(HOME=scratch, TMPDIR=scratch, PATH='', LANG='C.UTF-8')
     _attempt(job, notes, 'seccomp', _seccomp, job, private)
-    return fd
 
 def _die_with_parent() -> None:
     "Be killed when the parent ends, however it ends."
@@ -335,10 +338,10 @@ def _die_with_parent() -> None:
 # %% ../nbs/11_execution.ipynb #328324d4
 def _program_process(job: dict, notes: dict, report: int) -> None:
     "The third process: confine, make sure that everything needed is in place, announce, run."
-    write, fd = os.write, None
-    def announce(*words): write(report if fd is None else fd, b' '.join(words) + b'\n')
+    write, fd = os.write, _descriptors(report)
+    def announce(*words): write(fd, b' '.join(words) + b'\n')
     try:
-        fd = _confine(job, notes, report)
+        _confine(job, notes)
         ready = all(any(notes.get(layer) == '' for layer in group) for group in job['needs'])
         announce(b'start' if ready else b'refuse', *(f'{layer}={note.encode().hex()}'.encode() for layer, note in notes.items()))
         if ready: _run(job, announce)
@@ -378,7 +381,7 @@ def _launch(job: dict) -> None:
 
 # %% ../nbs/11_execution.ipynb #b22d369c
 _SENT = (_call, _attempt, _namespaces, _unshare_as_nobody, _visible, _bind, _mount_memory, _private_root, _pivot, _landlock, _seccomp, _everyone_reads, _become_nobody, _limit,
-         _describe, _run, _flush, _confine, _die_with_parent, _program_process, _keeper_process, _launch)
+         _describe, _run, _flush, _descriptors, _confine, _die_with_parent, _program_process, _keeper_process, _launch)
 
 @functools.cache
 def _program() -> bytes:
@@ -426,6 +429,15 @@ class _Options:
                                   filters={private: seccomp_filter(private) for private in (True, False)}))
 
 # %% ../nbs/11_execution.ipynb #8bb104e6
+def _remove(folder: str) -> None:
+    "Remove a directory and all in it, also what was made unreadable. Links are removed, not followed."
+    for parent, _, _ in os.walk(folder):
+        os.chmod(parent, 0o700)
+        for entry in os.scandir(parent):
+            if entry.is_dir(follow_symlinks=False): os.chmod(entry, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/11_execution.ipynb #44e9d278
 _START = 'import marshal, sys; job = marshal.load(sys.stdin.buffer); exec(job["program"], {"__builtins__": dict(vars(__builtins__)), "job": job})'
 _STARTUP_SECONDS = 60.0   # far above the 0.05 s it takes; a machine that needs longer is broken or swapping
 
@@ -492,7 +504,7 @@ class _Run:
         for name in list(self.pipes):
             if (rest := self.pipes[name].read(2**20)): self.receive(name, rest)
             self.forget(name)
-        if self.scratch: shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.scratch: _remove(self.scratch)
 
 # %% ../nbs/11_execution.ipynb #e42e9e1f
 def _refusal(notes: dict[str, str]) -> UserError:
