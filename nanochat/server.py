@@ -20,6 +20,7 @@ __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES',
 # %% ../nbs/16_server.ipynb #ad58b17d
 import asyncio, contextlib, functools, hmac, json, logging, os, re, secrets, signal, socket, sys, threading, time, traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,7 @@ class Service:
     def __init__(self, pool: Pool, served: Served, api_key: str | None = None, hosts: tuple[str, ...] | None = None, log: Path | str | None = None):
         self.pool, self.served, self.api_key, self.hosts, self.log = pool, served, api_key, hosts, log
         self.open, self.started, self.metrics = 0, time.time(), None
+        self.threads = ThreadPoolExecutor(4, 'nanochat-admit')  # for parsing and tokenizing, beside the loop that feeds the streams
 
     def admit(self, body: bytes, public: bool = False) -> Job:
         "Parse, check, tokenize and submit. `public`: the public nanochat's endpoint, which streams always and overlooks unknown fields. Raises `APIError`."
@@ -740,7 +742,7 @@ async def record(service: Service, job: Job) -> None:
     "Note how long the answer took and, where the owner wants it, what was said."
     if service.metrics: service.metrics.answered(job)
     if not service.log: return
-    try: await asyncio.shield(asyncio.to_thread(append_private, service.log, log_entry(job)))
+    try: await asyncio.shield(asyncio.get_running_loop().run_in_executor(service.threads, append_private, service.log, log_entry(job)))
     except OSError as e: print(f'cannot write the conversation log: {e}', file=sys.stderr)
 
 # %% ../nbs/16_server.ipynb #1ed762f9
@@ -831,7 +833,7 @@ async def answer(service: Service, request: Any, public: bool = False) -> Any:
     "A chat request from its body to a response that streams or waits. Raises `APIError`."
     check_type(request.headers.get('content-type', ''))
     body = await read_body(request.receive)
-    job = await asyncio.to_thread(service.admit, body, public)
+    job = await asyncio.get_running_loop().run_in_executor(service.threads, service.admit, body, public)
     return live_response()(functools.partial(deliver, service, job, public))
 
 def error_response(e: APIError) -> Any:
@@ -879,17 +881,17 @@ def add_facts(app: Any, service: Service) -> None:
     "The endpoints that tell about the model and the service."
     from starlette.responses import JSONResponse, Response
     @app.get('/v1/models', **documented())
-    def models(): return JSONResponse({'object': 'list', 'data': [service.served.card()]})
+    async def models(): return JSONResponse({'object': 'list', 'data': [service.served.card()]})
     @app.get('/v1/models/{model}', **documented(404))
-    def one_model(model: str):
+    async def one_model(model: str):
         check_model(service.served, model)
         return JSONResponse(service.served.card() | {'id': model})
     @app.get('/health', **documented(503))
-    def is_healthy(): return JSONResponse(health(service) | (closing().body() if service.pool.draining else {}), 503 if service.pool.draining else 200)
+    async def is_healthy(): return JSONResponse(health(service) | (closing().body() if service.pool.draining else {}), 503 if service.pool.draining else 200)
     @app.get('/stats', **documented())
-    def all_stats(): return JSONResponse(stats(service))
+    async def all_stats(): return JSONResponse(stats(service))
     @app.get('/metrics', response_class=Response, responses={s: documented()['responses'][s] for s in (401, 421)})
-    def all_metrics(): return Response(service.metrics.text(), media_type='text/plain; version=0.0.4')
+    async def all_metrics(): return Response(service.metrics.text(), media_type='text/plain; version=0.0.4')
 
 # %% ../nbs/16_server.ipynb #5c204f81
 def add_refusals(app: Any) -> None:
@@ -936,6 +938,7 @@ def listen(host: str, port: int) -> socket.socket:
     s = socket.socket(family, kind, proto)
     try:
         if sys.platform != 'win32': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # else the kernel keeps up to 4 MB per slow reader
         if hasattr(socket, 'TCP_USER_TIMEOUT'): s.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         s.bind(address)
     except OSError:

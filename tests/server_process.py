@@ -141,15 +141,15 @@ class Wire:
 
     def post(self, path, body):
         data = json.dumps(body).encode()
-        self.send(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+        self.send(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
         return self
 
     def send(self, data): self.socket.sendall(data)
 
-    def read_until(self, mark):
-        while mark not in self.data:
+    def read_until(self, *marks):
+        while not any(mark in self.data for mark in marks):
             new = self.socket.recv(65536)
-            assert new, f'closed before {mark!r}: {self.data[-300:]!r}'
+            assert new, f'closed before {marks!r}: {self.data[-300:]!r}'
             self.data += new
         return self.data
 

@@ -1,0 +1,199 @@
+"""The server under load: 64 clients on a real process, readers who dawdle, clients who leave, and signals in mid-stream."""
+import asyncio, json, signal, socket, threading, time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip('fastapi', reason="the serving extra is not installed: pip install 'nanochat[serve]'")
+openai = pytest.importorskip('openai', reason='the openai client is not installed')
+psutil = pytest.importorskip('psutil', reason='psutil is not installed')
+
+from nanochat import engine
+from nanochat.engine import Engine, Scheduler
+from nanochat.server import Pool, Running, Served, Service, build_app
+from server_process import Process, Wire, check_error, endless_model, events, get, post, save, text_of, tokenizer, wait_for
+
+SLOTS, WAITING = 8, 24
+
+
+@pytest.fixture(scope='module')
+def tok(): return tokenizer()
+
+
+@pytest.fixture(scope='module')
+def base(tok, tmp_path_factory):
+    """A base directory with a model that never ends an answer by itself."""
+    path = tmp_path_factory.mktemp('served')
+    save(path, endless_model(tok), tok)
+    return path
+
+
+@pytest.fixture(scope='module')
+def web(base):
+    with Process(base, '--slots', str(SLOTS), '--max-waiting', str(WAITING)) as p:
+        yield p
+        assert p.close() == 0 and 'Traceback' not in p.errors(), p.errors()
+
+
+def chat(i, **kw): return {'messages': [{'role': 'user', 'content': f'client {i} says ' + 'hello ' * (i % 7)}], 'max_tokens': 40 + i % 5, 'seed': i, 'temperature': 1, 'top_k': 20} | kw
+def idle(web): return wait_for(lambda: (w := web.worker())['active'] == w['waiting'] == 0 and web.get('/stats')[1]['open_answers'] == 0 and w)
+
+
+def answer(web, i):
+    """One client's answer over the official client, every second one streaming: its text, or the status it was refused with."""
+    with openai.OpenAI(base_url=web.url + '/v1', api_key='x', max_retries=0, timeout=60) as c:
+        extra = chat(i)
+        extra.pop('messages'), extra.pop('max_tokens')
+        try:
+            got = c.chat.completions.create(model='nanochat', messages=chat(i)['messages'], max_tokens=chat(i)['max_tokens'], stream=bool(i % 2), extra_body=extra)
+            return ''.join(k.choices[0].delta.content or '' for k in got) if i % 2 else got.choices[0].message.content
+        except openai.RateLimitError as e:
+            assert int(e.response.headers['retry-after']) >= 1
+            return 429
+
+
+def test_64_clients(web):
+    """All at once on 8 slots and 24 places to wait: everyone is answered or told to come back, and every answer is the one that its client gets alone."""
+    start = threading.Barrier(64)
+    def together(i):
+        start.wait()
+        return answer(web, i)
+    with ThreadPoolExecutor(64) as crowd: answers = list(crowd.map(together, range(64)))
+    idle(web)
+    assert all(isinstance(a, str) and a or a == 429 for a in answers)
+    served = [i for i, a in enumerate(answers) if a != 429]
+    assert len(served) >= SLOTS + WAITING
+    alone = {i: answer(web, i) for i in served}
+    assert {i: answers[i] for i in served} == alone and len(set(alone.values())) == len(served)
+
+
+def test_patient_clients_are_all_answered(web):
+    """With the client library's own retries nobody goes away empty-handed."""
+    def patient(i):
+        with openai.OpenAI(base_url=web.url + '/v1', api_key='x', max_retries=20, timeout=60) as c: return c.chat.completions.create(model='nanochat', messages=chat(i)['messages'], max_tokens=20).choices[0].finish_reason
+    with ThreadPoolExecutor(48) as crowd: assert set(crowd.map(patient, range(48))) == {'length'}
+
+
+def figures(web):
+    p = psutil.Process(web.process.pid)
+    return dict(memory=p.memory_info().rss, threads=p.num_threads(), files=p.num_fds(), sockets=len(p.net_connections()), **{k: web.worker()[k] for k in ('active', 'waiting')})
+
+
+def burst(web, n=48):
+    """Clients of every sort: who read to the end, who leave in the middle, who leave at once, who send nonsense."""
+    def visit(i):
+        with Wire(web.port) as w:
+            w.post('/v1/chat/completions', chat(i, stream=True, max_tokens=2000 if i % 4 else 20) if i % 6 else {'messages': 7})
+            if i % 4 == 0: w.read_all()
+            elif i % 4 == 1: w.read_until(b'data: ', b'error')
+    with ThreadPoolExecutor(16) as crowd: list(crowd.map(visit, range(n)))
+    idle(web)
+
+
+def test_nothing_leaks(web):
+    """Slots, threads, files, sockets and memory, before and after bursts of 48 clients, most of whom leave early."""
+    burst(web)
+    burst(web)
+    time.sleep(.3)
+    before = figures(web)
+    for _ in range(4): burst(web)
+    wait_for(lambda: figures(web)['files'] <= before['files'])
+    after = figures(web)
+    assert after['active'] == after['waiting'] == 0 and after['threads'] <= before['threads'] + 3 and after['sockets'] <= before['sockets']
+    assert after['memory'] - before['memory'] < 30e6, f'{(after["memory"] - before["memory"]) / 1e6:.1f} MB more after {4 * 48} clients'
+    print(before, after)
+
+
+def test_slow_readers_slow_nobody(web):
+    """Eight clients take every slot for the longest answer there is and do not read a byte. Their answers are written all the same, their slots are free again, and others are served."""
+    idle(web)
+    memory = psutil.Process(web.process.pid).memory_info().rss
+    slow = [Wire(web.port, receive_buffer=2048).post('/v1/chat/completions', chat(i, stream=True, max_tokens=4000)) for i in range(SLOTS)]
+    wait_for(lambda: web.get('/stats')[1]['open_answers'] == SLOTS)
+    assert web.post('/v1/chat/completions', chat(99))[0] == 200
+    wait_for(lambda: web.worker()['active'] == web.worker()['waiting'] == 0, 60)     # written, though nobody has read
+    assert web.get('/stats')[1]['open_answers'] == SLOTS
+    assert psutil.Process(web.process.pid).memory_info().rss - memory < 50e6
+    first = slow[0].read_all()
+    assert first.endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n') and first.count(b'"length"') == 1
+    for w in slow: w.close()
+    idle(web)
+
+
+def test_who_leaves_frees_the_queue_too(web):
+    """A client that waits and leaves makes room, although nothing was ever sent to it."""
+    running = [Wire(web.port).post('/v1/chat/completions', chat(i, stream=True, max_tokens=4000)) for i in range(SLOTS)]
+    for w in running: w.read_until(b'"content":"')
+    waiting = [Wire(web.port).post('/v1/chat/completions', chat(i)) for i in range(5)]
+    wait_for(lambda: web.worker()['waiting'] == 5)
+    for w in waiting: w.close()
+    wait_for(lambda: web.worker()['waiting'] == 0)
+    assert web.worker()['active'] == SLOTS     # the others go on
+    for w in running: w.close()
+    idle(web)
+
+
+class Slowly:
+    """A service in this process whose steps are counted and take a while each."""
+    def __init__(self, tok, monkeypatch, seconds, **kw):
+        self.steps, take = 0, engine.Batch.take
+        def slow(batch):
+            self.steps += 1
+            time.sleep(seconds)
+            return take(batch)
+        monkeypatch.setattr(engine.Batch, 'take', slow)
+        self.pool = Pool([Scheduler(Engine(endless_model(tok), tok), **kw)])
+        service = Service(self.pool, Served('sft', 'd1', 7, 1, self.pool.limit, 1700000000))
+        self.running = Running(build_app(service), service)
+        self.url, self.port = self.running.url, int(self.running.url.split(':')[-1])
+
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_a_disconnect_frees_the_slot_within_one_token(tok, monkeypatch, stream):
+    """Steps of 100 ms: after the client has hung up no more than the step that is running ends, plus the one that notices."""
+    s = Slowly(tok, monkeypatch, .1, slots=2)
+    try:
+        for leave in ('close', 'reset'):
+            w = Wire(s.port).post('/v1/chat/completions', chat(1, stream=stream, max_tokens=500))
+            wait_for(lambda: s.pool.stats()['active'] == 1)
+            if stream: w.read_until(b'"content":"')
+            else: time.sleep(.35)
+            if leave == 'reset': w.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+            before = s.steps
+            w.close()
+            wait_for(lambda: s.pool.stats()['active'] == 0, 3)
+            assert s.steps - before <= 2 and s.pool.stats()['waiting'] == 0
+        assert s.pool.stats()['cancelled'] == 2
+    finally: s.running.close()
+
+
+def test_sigterm_in_mid_stream(base):
+    """The door closes, the answer is finished to its [DONE], the process leaves with 0."""
+    with Process(base, '--slots', '2') as p, Wire(p.port) as w:
+        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
+        p.signal(signal.SIGTERM)
+        status, health, _ = wait_for(lambda: (a := p.get('/health'))[0] == 503 and a)
+        check_error(status, health, 503)
+        assert health['status'] == 'draining' and not health['ready']
+        for path in ('/v1/chat/completions', '/chat/completions'): assert check_error(*p.post(path, chat(2))[:2], 503)['code'] == 'server_shutdown'
+        assert p.get('/v1/models')[0] == 200
+        body = w.read_all()
+        assert body.endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n') and b'"finish_reason":"length"' in body
+        assert p.process.wait(10) == 0 and 'Traceback' not in p.errors(), p.errors()
+
+
+def test_drain_is_bounded_and_a_second_signal_ends_at_once(base):
+    """`--drain-seconds` cuts off what takes longer, with an event that says so; a second Ctrl-C does not wait for it."""
+    with Process(base, '--drain-seconds', '0.3', '--slots', '2') as p, Wire(p.port) as w:
+        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
+        p.signal(signal.SIGINT)
+        body = w.read_all().split(b'\r\n')[-4]
+        error = check_error(500, json.loads(body.removeprefix(b'data: ')))
+        assert error['code'] == 'server_shutdown' and p.process.wait(10) == 0 and 'cut off' in p.errors() and 'Traceback' not in p.errors(), p.errors()
+    with Process(base, '--drain-seconds', '60', '--slots', '2') as p, Wire(p.port, receive_buffer=2048) as w:
+        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')   # and reads no further: it would hold up the end
+        p.signal(signal.SIGTERM)
+        wait_for(lambda: p.get('/health')[0] == 503)
+        start = time.monotonic()
+        p.signal(signal.SIGTERM)
+        assert p.process.wait(10) == 0 and time.monotonic() - start < 5 and 'Traceback' not in p.errors(), p.errors()
