@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer', 'prepare_layers', 'unit', 'embedding_tables',
-           'ring_size', 'RingMemory', 'Reach', 'reach', 'RingCache', 'attend', 'MergedGPT', 'MergedSteps', 'CachedGPT',
-           'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
+           'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start', 'RingCache',
+           'attend', 'MergedGPT', 'MergedSteps', 'CachedGPT', 'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
 from collections.abc import Callable
@@ -24,8 +24,10 @@ class Dense:
     "A weight (N, K) as it is; x is (rows, K)."
     def __init__(self, weight: Tensor): self.weight = weight
     def __call__(self, x: Tensor) -> Tensor: return F.linear(x, self.weight)
-    def plus(self, x: Tensor, y: Tensor) -> Tensor: return torch.addmm(y, x, self.weight.T)
-    def relu2(self, x: Tensor) -> Tensor: return F.linear(x, self.weight).relu_().square_()
+    def plus(self, x: Tensor, y: Tensor) -> Tensor: return y.add_(F.linear(x, self.weight))
+    def relu2(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.weight).relu_()
+        return h.mul_(h)
 
 # %% ../nbs/11_inference.ipynb #c630d82b
 class Packed:
@@ -33,11 +35,13 @@ class Packed:
     def __init__(self, weight: Tensor):
         ops = torch.ops.mkldnn  # what the Inductor compiler calls when it freezes a model's weights
         self.weight = ops._reorder_linear_weight(weight.contiguous())
-        self._plain, self._binary = ops._linear_pointwise.default, ops._linear_pointwise.binary
+        self._linear = ops._linear_pointwise.default
 
-    def __call__(self, x: Tensor) -> Tensor: return self._plain(x, self.weight, None, 'none', [], '')
-    def plus(self, x: Tensor, y: Tensor) -> Tensor: return self._binary(x, y, self.weight, None, 'add')
-    def relu2(self, x: Tensor) -> Tensor: return self._plain(x, self.weight, None, 'relu', [], '').square_()
+    def __call__(self, x: Tensor) -> Tensor: return self._linear(x, self.weight, None, 'none', [], '')
+    def plus(self, x: Tensor, y: Tensor) -> Tensor: return y.add_(self._linear(x, self.weight, None, 'none', [], ''))
+    def relu2(self, x: Tensor) -> Tensor:
+        h = self._linear(x, self.weight, None, 'relu', [], '')
+        return h.mul_(h)
 
 # %% ../nbs/11_inference.ipynb #0621b2a5
 class Int8:
@@ -48,14 +52,16 @@ class Int8:
         self.weight, self.scale = (w / scale[:, None]).round().to(torch.int8), scale.to(weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor: return torch._weight_int8pack_mm(x, self.weight, self.scale)
-    def plus(self, x: Tensor, y: Tensor) -> Tensor: return self(x).add_(y)
-    def relu2(self, x: Tensor) -> Tensor: return self(x).relu_().square_()
+    def plus(self, x: Tensor, y: Tensor) -> Tensor: return y.add_(torch._weight_int8pack_mm(x, self.weight, self.scale))
+    def relu2(self, x: Tensor) -> Tensor:
+        h = torch._weight_int8pack_mm(x, self.weight, self.scale).relu_()
+        return h.mul_(h)
 
 # %% ../nbs/11_inference.ipynb #35fad574
 def works(form: type, dtype: torch.dtype) -> bool:
     "Whether this build of PyTorch can multiply with that form of weight."
     x, w = torch.ones(1, 32, dtype=dtype), torch.ones(32, 32, dtype=dtype)
-    try: return bool(form(w).plus(x, x).eq(33).all())
+    try: return bool(form(w).plus(x, x.float()).eq(33).all())
     except (AttributeError, RuntimeError, TypeError): return False
 
 def linear_forms(device: torch.device, dtype: torch.dtype, weights: str) -> tuple[Callable, Callable]:
@@ -73,7 +79,7 @@ class Layer:
     proj: Any
     fc: Any
     out: Any
-    ve: Tensor | None   # (V, H_kv, D)
+    gated: bool         # whether it has a value embedding
     resid: float        # x = resid * x + x0 * (the embeddings)
     x0: float
     window: int         # how far back it sees
@@ -85,23 +91,26 @@ def prepare_layers(model: GPT, form: Callable) -> list[Layer]:
     for i, block in enumerate(model.transformer.h):
         a, m, root = block.attn, block.mlp, C**0.5
         gate = [] if a.ve_gate is None else [F.pad(a.ve_gate.weight, (0, C - a.ve_gate.weight.shape[1]))]
-        ve = None if a.ve_gate is None else model.value_embeds[str(i)].weight.detach().to(dtype).unflatten(1, (a.n_kv_head, a.head_dim))
         qkv = held(*(w * root for w in (a.c_q.weight, a.c_k.weight, a.c_v.weight, *gate)))
-        layers.append(Layer(qkv, held(a.c_proj.weight), held(m.c_fc.weight * root), held(m.c_proj.weight), ve,
+        layers.append(Layer(qkv, held(a.c_proj.weight), held(m.c_fc.weight * root), held(m.c_proj.weight), bool(gate),
                             model.resid_lambdas[i].item(), model.x0_lambdas[i].item(), model.window_sizes[i][0]))
     return layers
 
 # %% ../nbs/11_inference.ipynb #f5b0855b
 def unit(x: Tensor) -> Tensor:
-    "x (..., C) divided by its length: RMS norm but for the factor sqrt(C). Four times faster than `F.rms_norm` for one row on a CPU."
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-20)
-    return torch.div(x, length, out=torch.empty_like(x))
+    "x (..., C) divided by its length: RMS norm but for the factor sqrt(C). Half the time of `F.rms_norm` for one row on a CPU."
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-20)
 
 def embedding_tables(model: GPT) -> tuple[Tensor, Tensor]:
     "Normed embeddings (V + 1, C), the last row zero for 'no token before', and the smear's share (V + 1, 1) of the token before."
     x = F.rms_norm(model.transformer.wte.weight.detach().to(model.cos.dtype), (model.config.n_embd,))
     share = model.smear_lambda.to(x.dtype) * torch.sigmoid(model.smear_gate(x[:, :model.smear_gate.weight.shape[1]]))
     return tuple(F.pad(t.detach(), (0, 0, 0, 1)) for t in (x, share))
+
+def value_table(model: GPT) -> Tensor:
+    "All layers' value embeddings side by side (V, layers with one, H_kv, D): a single lookup per token."
+    tables = [model.value_embeds[str(i)].weight.detach() for i in range(model.config.n_layer) if str(i) in model.value_embeds]
+    return torch.stack(tables, 1).to(model.cos.dtype).unflatten(2, (model.config.n_kv_head, -1))
 
 # %% ../nbs/11_inference.ipynb #ac3ecc65
 CHUNK = 128  # prompt tokens read at once; a ring is this much longer than its window
@@ -119,12 +128,28 @@ class RingMemory:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)        # positions read, per slot
         self.last = torch.full((slots,), no_token, dtype=torch.long, device=device)  # the token read last
         self.known: list[int] = [0] * slots                                        # `lengths`, on the host
-        self.rows, self.idle = slots, False
+        self.rows, self.idle, self._views = slots, False, (None, [])
+        self._biases: dict[int, Tensor] = {}
         head = torch.arange(2 * heads, device=device)
         start = (head // heads * slots * heads + head % heads)[None] + torch.arange(slots, device=device)[:, None] * heads
         self.start = {R: start * R for R in set(self.rings)}                       # (slots, 2 * H_kv): where a slot's rings begin in the flat memory
 
     batch_size = property(lambda self: self.rows, doc='How many slots are in use.')
+
+    def first(self, rows: int, places: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        "Per layer: the flat memory, and keys and values (rows * H_kv, at most `places`, D) of the first rows. Making views costs time, so they are kept for the next step."
+        if self._views[0] != (rows, places):
+            cut = lambda kv: (kv.view(-1, self.head_dim), *kv[:, :rows * self.heads, :places])
+            self._views = (rows, places), [cut(kv) for kv in self.kv]
+        return self._views[1]
+
+    def step_reach(self, window: int, R: int, rows: int, longest: int) -> 'Reach':
+        "`reach` for one new token in each of the first rows, on a CPU."
+        L, known = min(R, pad_to(longest, 64)), self.known[:rows]
+        if window not in self._biases: self._biases[window] = step_biases(window, R, self.lengths.device)
+        at = (self.start[R][:rows] + (self.lengths[:rows, None] % R)).flatten()
+        starts = torch.tensor([bias_start(p, R) for p in known for _ in range(self.heads)])
+        return Reach(at, self._biases[window].unfold(0, L, 1)[starts].unsqueeze(1))
 
     def by_slot(self, layer: int) -> Tensor:
         "A view (2, slots, H_kv, R, D) of one layer."
@@ -134,9 +159,9 @@ class RingMemory:
 @dataclass
 class Reach:
     "Where a step writes and what it sees, for the layers of one window."
-    at: Tensor    # (B * T * 2 * H_kv,) places in the flat memory for the new keys and values
-    seen: Tensor  # bool (B, T, L): which of the first L places a query sees
-    bias: Tensor | None  # on a CPU fp32 (B * H_kv, G * T, L): 0 where seen, -inf elsewhere
+    at: Tensor           # (B * T * 2 * H_kv,) places in the flat memory for the new keys and values
+    bias: Tensor | None  # on a CPU: fp32 (B * H_kv, G * T or 1, L), 0 where a query sees a place, -inf elsewhere
+    seen: Tensor | None = None  # elsewhere: bool (B, T, L)
 
 def reach(memory: RingMemory, window: int, R: int, pos: Tensor, longest: int, groups: int) -> Reach:
     "For queries at positions pos (B, T), the newest of all rows being `longest - 1`."
@@ -147,9 +172,21 @@ def reach(memory: RingMemory, window: int, R: int, pos: Tensor, longest: int, gr
     held = newest - (newest - torch.arange(L, device=pos.device)) % R       # (B, L): the position each place holds, negative if none
     age = pos[:, :, None] - held[:, None]
     seen = (age >= 0) & (age <= window) & (held >= 0)[:, None]
-    if pos.device.type != 'cpu': return Reach(at, seen, None)
-    bias = torch.where(seen, 0.0, -torch.inf)[:, None, None].expand(B, memory.heads, groups, T, L)
-    return Reach(at, seen, bias.reshape(B * memory.heads, groups * T, L))
+    if pos.device.type != 'cpu': return Reach(at, None, seen)
+    bias = torch.where(seen, 0.0, -torch.inf)
+    return Reach(at, bias[:, None, None].expand(B, memory.heads, groups, T, L).reshape(B * memory.heads, groups * T, L), seen)
+
+# %% ../nbs/11_inference.ipynb #085fa56e
+def step_biases(window: int, R: int, device: torch.device) -> Tensor:
+    "A vector whose piece of length L at `bias_start(p)` is the bias of a query at position p to the first L <= R places."
+    age = torch.arange(3 * R, device=device) - R  # age of place r for position p < R: p - r; reversed below, so that places ascend
+    first = torch.where((age >= 0) & (age <= window), 0.0, -torch.inf).flip(0)
+    again = torch.where(torch.arange(2 * R, device=device) % R <= window, 0.0, -torch.inf).flip(0)
+    return torch.cat([first, again])
+
+def bias_start(position: int, R: int) -> int:
+    "Where the piece for a position begins."
+    return 2 * R - 1 - position if position < R else 3 * R + R - 1 - position % R
 
 # %% ../nbs/11_inference.ipynb #856c6af0
 class RingCache(RingMemory):
@@ -200,17 +237,19 @@ class RingCache(RingMemory):
         self.lengths[0], self.last[0], self.known[0] = len(tokens), tokens[-1], len(tokens)
 
 # %% ../nbs/11_inference.ipynb #6ed7c871
-def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scale: float) -> Tensor:
-    "Attention of q (B, T, H, D) to k, v (B * H_kv, L, D) -> (B * T, H * D)."
-    B, T, H, D = q.shape
-    heads = k.shape[0] // B
+def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scale: float, T: int) -> Tensor:
+    "Attention of q (B * T, H, D) to k, v (B * H_kv, L, D) -> (B * T, H * D)."
+    N, H, D = q.shape
+    B, heads = N // T, k.shape[0] * T // N
     if reach.bias is None:
-        k, v = (t.unflatten(0, (B, heads)) for t in (k, v))
+        q, k, v = q.view(B, T, H, D), *(t.view(B, heads, *t.shape[1:]) for t in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=reach.seen[:, None], scale=scale, enable_gqa=heads < H)
-        return y.transpose(1, 2).reshape(B * T, H * D)
-    q = q.unflatten(2, (heads, H // heads)).permute(0, 2, 3, 1, 4).reshape(B * heads, -1, D)  # (B * H_kv, G * T, D)
-    y = torch.bmm(torch.baddbmm(reach.bias, q, k.transpose(1, 2), alpha=scale).softmax(-1), v)
-    return y.unflatten(0, (B, heads)).unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).reshape(B * T, H * D)
+        return y.transpose(1, 2).reshape(N, H * D)
+    if T > 1: q = q.view(B, T, heads, -1, D).permute(0, 2, 3, 1, 4)
+    scores = torch.baddbmm(reach.bias, q.reshape(B * heads, -1, D), k.mT, alpha=scale)
+    y = torch.bmm(scores.softmax(-1), v)                     # (B * H_kv, G * T, D)
+    if T > 1: y = y.view(B, heads, -1, T, D).permute(0, 3, 1, 2, 4)
+    return y.reshape(N, H * D)
 
 # %% ../nbs/11_inference.ipynb #9824df48
 class MergedGPT:
@@ -220,17 +259,18 @@ class MergedGPT:
         self.device, self.dtype = model.get_device(), model.cos.dtype
         self.heads, self.kv_heads, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
         self.scale = QK_SCALE**2 * self.head_dim**0.5
-        self.table, self.share = embedding_tables(model)
+        (self.table, self.share), self.values = embedding_tables(model), value_table(model)
         reading, stepping = linear_forms(self.device, self.dtype, weights)
         self.read_layers = prepare_layers(model, reading)
         self.step_layers = self.read_layers if stepping is reading else prepare_layers(model, stepping)
         head = (model.lm_head.weight.detach() * c.n_embd**0.5).to(self.dtype)[:pad_to(c.vocab_size, 32)]
-        self.read_head = reading(head)
-        self.step_head = self.read_head if stepping is reading else stepping(head)
+        self.head = reading(head)  # never int8: it decides, and for many rows it is faster so
         self.backout = model.backout_lambda.item()
         cos, sin = (F.pad(t[0, :, 0].float(), (0, 0, 0, 1)) for t in (model.cos, model.sin))  # a step ahead of the host may be one position too far
         self.cos, self.sin = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, -sin], -1)[:, None]  # (positions, 1, D)
         self.places = torch.arange(CHUNK, device=self.device)
+        self.stream = torch.float32 if self.device.type == 'cpu' else self.dtype  # the residual stream: fp32 saves casts on a CPU
+        self.x0 = torch.tensor([layer.x0 for layer in self.read_layers], device=self.device, dtype=self.stream)[:, None, None]
 
     def new_cache(self, slots: int, length: int) -> RingCache:
         "A cache for texts of at most `length` tokens."
@@ -246,36 +286,38 @@ class MergedSteps(MergedGPT):
         B, T = ids.shape
         before, pos = cache.last[:B, None], cache.lengths[:B, None]
         if T > 1: before, pos = torch.cat([before, ids[:, :-1]], 1), pos + self.places[:T]
-        ids = ids.flatten()
-        x = x0 = torch.addcmul(F.embedding(ids, self.table), F.embedding(ids, self.share), F.embedding(before.flatten(), self.table))
-        turn = self.cos[pos.flatten()], self.sin[pos.flatten()]
-        kinds = {(l.window, R): None for l, R in zip(layers, cache.rings)}
-        for window, R in kinds: kinds[window, R] = reach(cache, window, R, pos, longest, self.heads // self.kv_heads)
+        if T == 1 and self.device.type == 'cpu': find = lambda w, R: cache.step_reach(w, R, B, longest)
+        else: find = lambda w, R: reach(cache, w, R, pos, longest, self.heads // self.kv_heads)
+        reaches = {w: find(w, R) for w, R in dict(zip(cache.windows, cache.rings)).items()}
+        memory = cache.first(B, pad_to(longest, 64))
+        ids, before, pos = ids.flatten(), before.flatten(), pos.flatten()
+        x = torch.addcmul(F.embedding(ids, self.table), F.embedding(ids, self.share), F.embedding(before, self.table)).to(self.stream)
+        x0, values, turn = (self.x0 * x).unbind(), iter(self.values[ids].unbind(1)), (self.cos[pos], self.sin[pos])
         for i, layer in enumerate(layers):
-            x = torch.mul(x, layer.resid).add_(x0, alpha=layer.x0)
-            x = self.block(layer, x, ids, turn, cache.kv[i], kinds[layer.window, cache.rings[i]], B)
+            x = torch.add(x0[i], x, alpha=layer.resid)
+            x = self.block(layer, x, next(values) if layer.gated else None, turn, memory[i], reaches[layer.window], T)
             if i == len(layers) // 2: half = x
-        return unit(x.sub(half, alpha=self.backout))
+        return unit(x.sub(half, alpha=self.backout)).to(self.dtype)
 
-    def block(self, layer: Layer, x: Tensor, ids: Tensor, turn: tuple[Tensor, Tensor], kv: Tensor, reach: Reach, B: int) -> Tensor:
-        "One block: x (B * T, C) -> (B * T, C); writes the new keys and values."
-        z = layer.qkv(unit(x)).to(kv.dtype)
-        both = self.turned(z, layer, ids, turn)
-        kv.view(-1, self.head_dim).index_copy_(0, reach.at, both[:, self.heads:].reshape(-1, self.head_dim))
-        L, used = reach.seen.shape[-1], B * self.kv_heads
-        y = attend(both[:, :self.heads].unflatten(0, (B, -1)), kv[0, :used, :L], kv[1, :used, :L], reach, self.scale)
-        x = layer.proj.plus(y.to(x.dtype), x)
-        return layer.out.plus(layer.fc.relu2(unit(x)), x)
+    def block(self, layer: Layer, x: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor], memory: tuple, reach: Reach, T: int) -> Tensor:
+        "One block: x (B * T, C), in place; writes the new keys and values."
+        flat, k, v = memory
+        q, new = self.queries(layer.qkv(unit(x).to(self.dtype)).to(flat.dtype), ve, turn)
+        flat.index_copy_(0, reach.at, new)
+        y = attend(q, k, v, reach, self.scale, T)
+        x = layer.proj.plus(y.to(self.dtype), x)
+        return layer.out.plus(layer.fc.relu2(unit(x).to(self.dtype)), x)
 
-    def turned(self, z: Tensor, layer: Layer, ids: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        "Queries, keys and values (N, H + 2 H_kv, D) from the merged product z, whose memory they use: turned by position, of unit length; value embeddings added."
-        n = self.heads + 2 * self.kv_heads
-        both = z[:, :n * self.head_dim].unflatten(1, (n, self.head_dim))
-        qk, v = both[:, :-self.kv_heads], both[:, -self.kv_heads:]
-        qk.copy_(torch.mul(qk, turn[0]).addcmul_(qk.roll(self.head_dim // 2, -1), turn[1]))
+    def queries(self, z: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        "From the merged product z, in place: queries (N, H, D), and keys and values (N * 2 H_kv, D). Turned by position, of unit length, value embeddings added."
+        H, n, D = self.heads, self.heads + 2 * self.kv_heads, self.head_dim
+        both = z[:, :n * D].view(-1, n, D)
+        qk = both[:, :n - self.kv_heads]
+        swapped = qk.roll(D // 2, -1)
+        qk.mul_(turn[0]).addcmul_(swapped, turn[1])
         qk.div_(torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min_(1e-20))
-        if layer.ve is not None: v.addcmul_(torch.sigmoid(z[:, n * self.head_dim:]).unsqueeze(-1), F.embedding(ids, layer.ve.flatten(1)).view_as(v).to(v.dtype), value=3)
-        return both
+        if ve is not None: both[:, n - self.kv_heads:].addcmul_(torch.sigmoid(z[:, n * D:]).unsqueeze(-1), ve, value=3)
+        return both[:, :H], both[:, H:].reshape(-1, D)
 
 # %% ../nbs/11_inference.ipynb #3da3c350
 class CachedGPT(MergedSteps):
@@ -297,13 +339,13 @@ class CachedGPT(MergedSteps):
             longest = cache.known[0] + chunk.shape[1]
             x = self.hidden(chunk, cache, longest, self.read_layers)
             self.advance(chunk, cache)
-        return self.read_head(x.unflatten(0, chunk.shape)[:, -1].contiguous())[:, :self.config.vocab_size]
+        return self.head(x.view(*chunk.shape, -1)[:, -1].contiguous())[:, :self.config.vocab_size]
 
     def step(self, ids: Tensor, cache: RingCache, longest: int) -> Tensor:
         "One token for each row in use, ids (n,): logits (n, V) before the softcap. `longest`: positions of the longest row, this token included."
         x = self.hidden(ids[:, None], cache, longest, self.step_layers)
         self.advance(ids[:, None], cache)
-        return self.step_head(x)[:, :self.config.vocab_size]
+        return self.head(x)[:, :self.config.vocab_size]
 
     def advance(self, ids: Tensor, cache: RingCache) -> None:
         "The first B rows have read ids (B, T)."
@@ -349,7 +391,7 @@ class RecordedGPT(GraphedGPT):
     "Recording."
     def _record(self, cache: RingCache, rows: int, places: int) -> tuple:
         ids = torch.zeros(rows, dtype=torch.long, device=self.device)
-        run = lambda: self.step_head(self.hidden(ids[:, None], cache, places, self.step_layers))[:, :self.config.vocab_size]
+        run = lambda: self.head(self.hidden(ids[:, None], cache, places, self.step_layers))[:, :self.config.vocab_size]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream): run()  # a first run outside the recording lets libraries allocate; it writes only what the replay writes again
