@@ -188,10 +188,11 @@ CSS = '''
 #head button { flex: none; min-width: 0; padding: .3rem .7rem; font-weight: 500; border-radius: 1rem; }
 #chat { flex: 1 1 0 !important; min-height: 8rem; border-width: 0 !important; background: none; box-shadow: none; }
 #chat .top-panel { display: none; }
-#chat .bubble-wrap { background: none; padding: 0 .2rem 0 0; }
+#chat .bubble-wrap { background: none; padding: 0 .2rem 0 0; mask-image: linear-gradient(transparent, black 1rem); }
+#chat .user.message textarea { border: none; outline: none; box-shadow: none; background: none; min-width: 14rem; padding: 0; } #chat .user.message:has(textarea) { outline: 2px solid var(--color-accent); }
 #chat .message-wrap { padding: 0; gap: 0; }
 #chat .message-row { margin: 0; padding: 0; max-width: 100%; }
-#chat .user-row { max-width: 85%; margin-top: .9rem; }
+#chat .user-row { max-width: 85%; margin-top: 1.3rem; }
 #chat .message { border: none; box-shadow: none; background: none; padding: 0; max-width: 100%; }
 #chat .user.message { border-radius: 1.2rem; padding: .35rem .95rem; background: var(--color-accent-soft); }
 #chat .bot.message > .message + .message { margin-top: .35rem; }
@@ -199,15 +200,16 @@ CSS = '''
 #chat .thought-group { border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); border-radius: .7rem; padding: .15rem .8rem .15rem .3rem; margin: 0; width: fit-content; max-width: 100%; }
 #chat .thought-group .title { padding: .1rem; margin: 0; opacity: .85; } #chat .thought-group .content { padding: 0 0 .3rem 1.8rem; margin: 0; }
 #chat .thought-group, #chat .thought-group .md { font-family: var(--font-mono); font-size: .85rem; }
-#chat .message-buttons { margin: 0; padding: 0; } #chat .message-buttons-right { height: 1.5rem; } #chat .message-buttons > div { border: none; background: none; box-shadow: none; padding: 0; margin: 0; }
+#chat .message-buttons { margin: 0; padding: 0; } #chat .message-buttons-right { height: 1.5rem; margin-bottom: -.4rem; } #chat .message-buttons button { background: none; } #chat .message-buttons > div { border: none; background: none; box-shadow: none; padding: 0; margin: 0; }
 #chat .placeholder { gap: .2rem; text-align: center; } #chat .placeholder .md { white-space: normal; } #chat .placeholder h2 { font-weight: 600; letter-spacing: -.02em; margin: 0 0 .5rem; }
 #chat .example { padding: .7rem .9rem; } #chat .examples { padding: .2rem; }
-#note { flex: none; padding: .45rem .9rem; border-width: 0 !important; border-radius: .9rem; background: var(--color-accent-soft); font-size: .85rem; }
+#note { flex: none; padding: .3rem .9rem; border: 1px dashed var(--border-color-accent) !important; border-radius: .9rem; background: none; font-size: .8rem; text-align: center; } #note .html-container { padding: 0; }
 #box { flex: none; border-radius: 1.5rem; border: 1px solid var(--border-color-primary); box-shadow: 0 2px 10px rgb(0 0 0 / .07); background: var(--input-background-fill); padding: .2rem .3rem .2rem .5rem; }
 #box:focus-within { border-color: var(--color-accent); }
 #box textarea { border: none; box-shadow: none; background: none; font-size: 1rem; }
 #box button { background: var(--color-accent); color: white; font-weight: 500; border-radius: 1.2rem; }
 #status { flex: none; min-height: 1.4rem; text-align: center; font-size: .8rem; font-variant-numeric: tabular-nums; } #status .html-container { padding: 0; }
+#status [role=alert] { display: inline-block; color: var(--error-text-color); font-size: .9rem; } #status [role=alert]::first-letter { text-transform: uppercase; }
 #settings .toggle-button { font-size: 1.1rem; color: var(--body-text-color); } #settings .toggle-button::after { content: "⚙"; } #settings .chevron { display: none; }
 #settings .form, #settings .block { border-width: 0 !important; box-shadow: none; background: none; } #settings .block { padding: .3rem 0; }
 @media (hover: hover) { #chat .message-buttons-right:not(:focus-within) { opacity: 0; } #chat .user-row:hover + .message-buttons-right, #chat .message-buttons-right:hover { opacity: 1; } }
