@@ -7,9 +7,7 @@ __all__ = ['MAX_CHARS', 'MAX_BITS', 'LAYERS', 'MAX_CODE_CHARS', 'looks_like_calc
            'ExecutionResult', 'execute_many', 'execute_code', 'SandboxStatus', 'sandbox_status']
 
 # %% ../nbs/11_execution.ipynb #fe5a55bd
-import ast, functools, inspect, marshal, math, operator, os, platform, re, secrets, select, selectors, shutil, signal, struct, subprocess, sys, tempfile, time
-# the rest is for the functions that run inside the sandbox, which import the same names there
-import atexit, ctypes, resource
+import ast, ctypes, functools, inspect, marshal, math, operator, os, platform, re, secrets, select, selectors, shutil, signal, struct, subprocess, sys, tempfile, time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,7 +76,8 @@ def use_calculator(expr: str) -> int | float | None:
 
 # %% ../nbs/11_execution.ipynb #a5aa3ca3
 def _call(function: str, *arguments: 'int | bytes | None') -> int:
-    "Call the C library; OSError where it answers -1. Python 3.11 has no `os.unshare`, and no Python has Landlock."
+    "Call the C library of Linux; OSError where it answers -1. Python 3.11 has no `os.unshare`, and no Python has Landlock."
+    if sys.platform != 'linux': raise OSError('not Linux')
     library = ctypes.CDLL(None, use_errno=True)
     result = getattr(library, function)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
     if result == -1: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -516,12 +515,11 @@ def _refusal(notes: dict[str, str]) -> UserError:
 
 def _notes(line: bytes) -> dict[str, str]:
     "The layers of a report's first line: '' where one is in place, else why it is not."
-    return {layer.decode(): bytes.fromhex(note.decode()).decode() for layer, _, note in (word.partition(b'=') for word in line.split()[1:])}
+    return {layer.decode(): bytes.fromhex(note.decode()).decode() for layer, _, note in (word.partition(b"=") for word in line.split(b"\n")[0].split()[1:])}
 
 def _verdict(run: _Run) -> ExecutionResult:
     "The result of a run that has ended."
     first, *later = run.text['report'].split(b'\n')
-    if first.startswith(b'refuse'): raise _refusal(_notes(first))
     out, err = (run.text[name].decode('utf8', 'replace') for name in ('stdout', 'stderr'))
     if not first.startswith(b'start'): raise RuntimeError(f"the sandbox did not start: {bytes.fromhex(first[7:].decode()).decode() if first.startswith(b'broken') else err[-2000:] or 'no report'}")
     said = next((line.split()[1:] for line in later if line.startswith(run.token + b' ')), [])
@@ -550,6 +548,7 @@ def _drive(codes: list[str], workers: int, options: _Options) -> list[_Run]:
                 for run in [run for run in running if run.over()]:
                     run.close()
                     running.remove(run)
+                    if run.text['report'].startswith(b'refuse'): raise _refusal(_notes(run.text['report']))
                     ended[run.index] = run
         finally:
             for run in running: run.close()
@@ -566,6 +565,7 @@ def execute_many(codes: Iterable[str], workers: int | None = None, timeout: floa
     """Run many programs, each as `execute_code` would, `workers` at a time (default: one per processor). Results in the order of `codes`.
 
     Raises `UserError` where the machine cannot isolate them, before any code runs."""
+    if os.name != 'posix': raise UserError('generated code can be run on Linux (isolated) and macOS (with i_understand) only; use WSL or a container here')
     codes = list(codes)
     options = _Options(timeout, maximum_memory_bytes, maximum_output_bytes, i_understand, tuple(lacking))
     if workers is not None and workers < 1: raise UserError(f'workers {workers} is not a number of processes; give 1 or more')
@@ -584,7 +584,7 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int = 25
 
 # %% ../nbs/11_execution.ipynb #67492899
 _PROBES = {
-    'mount': "import os\nassert not os.path.exists('/etc/passwd') and not os.path.exists('/proc/self')",
+    'mount': "import os\nassert not os.path.exists('/etc/passwd') and not os.path.exists('/proc/self')\nfor d in ('', os.path.dirname(os.__file__)):\n  try: open(d + '/x', 'w')\n  except OSError: pass\n  else: raise SystemExit",
     'network': "import socket\nassert [name for _, name in socket.if_nameindex()] in ([], ['lo'])\ns = socket.socket()\ns.settimeout(1)\nassert s.connect_ex(('127.0.0.1', 9)) == 101",
     'processes': "import os\nassert os.getpid() < 10 and os.getppid() == 1",
     'ipc': "import os\nassert os.readlink('/proc/self/ns/ipc') != OUTSIDE",
