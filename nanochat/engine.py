@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling', 'sample_next_token', 'uniforms', 'ToolUse',
            'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Draw', 'Row',
-           'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_tokens',
-           'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore', 'text_pieces',
-           'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'SchedulerLoop', 'SchedulerSteps',
-           'Columns', 'Scheduler']
+           'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_group',
+           'draw_tokens', 'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore',
+           'text_pieces', 'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'SchedulerLoop',
+           'SchedulerSteps', 'Columns', 'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import asyncio, copy, hashlib, itertools, threading, time
@@ -327,15 +327,19 @@ class ForwardRunner:
         return self.model.forward(ids[:, None], kv_cache=cache)[:, -1]
 
 # %% ../nbs/12_engine.ipynb #d992fe3d
+def draw_group(logits: Tensor, rows: list[Row], draw: Draw, softcap: float | None) -> Tensor:
+    "Tokens (n,) for rows that are drawn alike."
+    u = torch.tensor([next(row.noise) for row in rows]).to(logits.device, non_blocking=True) if draw.temperature else None
+    return pick(logits, u, draw.temperature, draw.top_k, draw.top_p, softcap)[:, 0]
+
 def draw_tokens(logits: Tensor, rows: list[Row], softcap: float | None = None) -> Tensor:
     "The next token of every row, (n,), left on the device; logits (n, V)."
+    first = rows[0].draw
+    if all(row.draw is first for row in rows): return draw_group(logits, rows, first, softcap)
     groups: dict[Draw, list[int]] = {}
     for i, row in enumerate(rows): groups.setdefault(row.draw, []).append(i)
     out = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for draw, members in groups.items():
-        mine = slice(None) if len(groups) == 1 else members
-        u = torch.tensor([next(rows[i].noise) for i in members]).to(logits.device, non_blocking=True) if draw.temperature else None
-        out[mine] = pick(logits[mine], u, draw.temperature, draw.top_k, draw.top_p, softcap)[:, 0]
+    for draw, members in groups.items(): out[members] = draw_group(logits[members], [rows[i] for i in members], draw, softcap)
     return out
 
 # %% ../nbs/12_engine.ipynb #3ee0aa72
