@@ -83,6 +83,7 @@ def _call(function: str, *arguments: 'int | bytes | None') -> int:
     if result == -1: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
+# %% ../nbs/11_execution.ipynb #4d08fd0b
 def _attempt(job: dict, notes: dict, layer: str, action, *arguments) -> None:
     "Put up one layer and note how it went: '' for well, else why not. `job['lacking']` plays a kernel that has no such thing."
     if layer in job['lacking']: notes[layer] = 'switched off'
@@ -105,6 +106,7 @@ def _namespaces(job: dict, notes: dict) -> None:
     except (OSError, AttributeError) as e: error = f'unshare: {e}'
     notes.update({layer: 'switched off' if layer in job['lacking'] else error for layer in flags})
 
+# %% ../nbs/11_execution.ipynb #d1225cc0
 def _unshare_as_nobody(wanted: int) -> None:
     "The same inside a fresh user namespace: nobody inside, and still oneself for the kernel outside."
     uid, gid = os.geteuid(), os.getegid()
@@ -125,12 +127,13 @@ def _bind(source: str, target: str) -> None:
     kept = os.statvfs(target).f_flag & (4 | 8) | (4 if os.path.isdir(target) else 0)         # MS_NODEV, MS_NOEXEC
     _call('mount', None, target.encode(), None, 0x1000 | 0x20 | 1 | 2 | kept, None)          # MS_BIND, MS_REMOUNT, MS_RDONLY, MS_NOSUID
 
+# %% ../nbs/11_execution.ipynb #7ae4a7d9
 def _mount_memory(target: str, options: str) -> None:
     "An empty file system in memory at `target`: no set-user-id, no devices."
     os.makedirs(target, exist_ok=True)
     _call('mount', b'tmpfs', target.encode(), b'tmpfs', 2 | 4, options.encode())
 
-# %% ../nbs/11_execution.ipynb #6b351209
+# %% ../nbs/11_execution.ipynb #33e095b0
 def _private_root(job: dict) -> None:
     "Build a root directory out of nothing, enter it, and let go of the old one."
     visible = _visible()
@@ -152,6 +155,7 @@ def _private_root(job: dict) -> None:
     _mount_memory(place + '/scratch', f'size={job["scratch_bytes"]},nr_inodes=1024,mode=1777')
     _pivot(place)
 
+# %% ../nbs/11_execution.ipynb #3bf200d0
 def _pivot(place: str) -> None:
     "Make `place` the root, detach the old root, and forbid writing to the new one; `/scratch` stays writable."
     os.chdir(place)
@@ -252,6 +256,7 @@ def _everyone_reads(path: str) -> bool:
     while parents[-1] != '/': parents.append(os.path.dirname(parents[-1]))
     return all(os.stat(p).st_mode & 1 for p in parents) and os.stat(path).st_mode & 4 != 0
 
+# %% ../nbs/11_execution.ipynb #50c8b8bd
 def _become_nobody(job: dict) -> None:
     "Root turns into a user that owns nothing; all capabilities go. Root stays in name only if others could not read the standard library."
     for capability in range(64):
@@ -263,6 +268,7 @@ def _become_nobody(job: dict) -> None:
         os.setresuid(job['uid'], job['uid'], job['uid'])
     _call('capset', struct.pack('Ii', 0x20080522, 0), bytes(24))
 
+# %% ../nbs/11_execution.ipynb #e5c4d17a
 def _limit(job: dict) -> None:
     "Hard limits, none above what we were given."
     for name, value in job['limits'].items():
@@ -278,6 +284,7 @@ def _describe(error: BaseException) -> str:
     name = type(error).__name__
     return (f'{name}: {text}' if text else name)[:1000]
 
+# %% ../nbs/11_execution.ipynb #4f3b6bd0
 def _run(job: dict, announce) -> None:
     "Run the code as `__main__`, let its threads end, and announce what became of it. Never returns."
     leave, hook, streams, main = os._exit, sys.__excepthook__, [sys.stdout, sys.stderr], type(sys)('__main__')
@@ -301,6 +308,7 @@ def _run(job: dict, announce) -> None:
     announce(job['token'], *words)
     leave(0)
 
+# %% ../nbs/11_execution.ipynb #64419035
 def _flush(streams: list) -> None:
     "Write out what is still buffered, also of streams that the code put in place of ours."
     for stream in [sys.stdout, sys.stderr, *streams]: stream.flush()
@@ -314,6 +322,7 @@ def _descriptors(report: int) -> int:
     os.closerange(3, fd), os.closerange(fd + 1, 4096)
     return fd
 
+# %% ../nbs/11_execution.ipynb #e5fd108e
 def _confine(job: dict, notes: dict) -> None:
     "Lock the doors behind the process that will run the code."
     private = notes['mount'] == ''
@@ -330,11 +339,12 @@ def _confine(job: dict, notes: dict) -> None:
     os.environ.update(HOME=scratch, TMPDIR=scratch, PATH='', LANG='C.UTF-8')
     _attempt(job, notes, 'seccomp', _seccomp, job, private)
 
+# %% ../nbs/11_execution.ipynb #0b2da2c0
 def _die_with_parent() -> None:
     "Be killed when the parent ends, however it ends."
     _call('prctl', 1, 9, 0, 0, 0)                                                            # PR_SET_PDEATHSIG, SIGKILL
 
-# %% ../nbs/11_execution.ipynb #328324d4
+# %% ../nbs/11_execution.ipynb #abcc068c
 def _program_process(job: dict, notes: dict, report: int) -> None:
     "The third process: confine, make sure that everything needed is in place, announce, run."
     write, fd = os.write, _descriptors(report)
@@ -347,6 +357,7 @@ def _program_process(job: dict, notes: dict, report: int) -> None:
     except BaseException as e: announce(b'broken', _describe(e).encode('utf8', 'replace').hex().encode())
     os._exit(1)
 
+# %% ../nbs/11_execution.ipynb #3be2deeb
 def _keeper_process(job: dict, notes: dict, report: int, status: int) -> None:
     "The second process, first of its process table: wait for the program, pass on how it ended, and end."
     _attempt(job, {}, 'parent', _die_with_parent)
@@ -361,6 +372,7 @@ def _keeper_process(job: dict, notes: dict, report: int, status: int) -> None:
     os.write(status, b'%d\n' % how)
     os._exit(0)
 
+# %% ../nbs/11_execution.ipynb #3b46fff4
 def _launch(job: dict) -> None:
     "The first process: build the room, start the keeper, and end both when the parent hangs up."
     report, status = job['fds']
@@ -399,6 +411,7 @@ class ExecutionResult:
     timeout: bool
     memory_exceeded: bool
 
+# %% ../nbs/11_execution.ipynb #59da88ff
 LAYERS = {'mount': 'an empty root directory, not the user\'s files', 'network': 'no network, not even the loopback', 'processes': 'nobody else to signal; all die together',
           'ipc': 'no shared memory or queues of others', 'no_new_privs': 'set-user-id programs give nothing', 'landlock': 'all files closed but the libraries',
           'user': 'an own user number, no capabilities', 'limits': 'bounded memory, CPU, files, threads', 'seccomp': 'no fork, exec, sockets, ptrace, mount: a short list of system calls'}
@@ -513,10 +526,12 @@ def _refusal(notes: dict[str, str]) -> UserError:
     return UserError(f"this machine cannot isolate generated code: there is no {', no '.join(missing)}. It was not run. Use a machine or container that has it, or pass "
                      f"i_understand=True (--i-understand on a command line) to run the code with less: {', '.join(here) or 'nothing'}")
 
+# %% ../nbs/11_execution.ipynb #d21af6a0
 def _notes(line: bytes) -> dict[str, str]:
     "The layers of a report's first line: '' where one is in place, else why it is not."
     return {layer.decode(): bytes.fromhex(note.decode()).decode() for layer, _, note in (word.partition(b"=") for word in line.split(b"\n")[0].split()[1:])}
 
+# %% ../nbs/11_execution.ipynb #29fbd394
 def _verdict(run: _Run) -> ExecutionResult:
     "The result of a run that has ended."
     first, *later = run.text['report'].split(b'\n')
@@ -554,12 +569,13 @@ def _drive(codes: list[str], workers: int, options: _Options) -> list[_Run]:
             for run in running: run.close()
     return ended
 
+# %% ../nbs/11_execution.ipynb #d518dbcb
 def _check_code(code: str) -> str | None:
     "Why a text is not even tried, or None."
     if not isinstance(code, str): raise TypeError(f'code must be a string, not {type(code).__name__}')
     return f'{len(code)} characters of code; at most {MAX_CODE_CHARS} are run' if len(code) > MAX_CODE_CHARS else None
 
-# %% ../nbs/11_execution.ipynb #07e58b76
+# %% ../nbs/11_execution.ipynb #431b8ed5
 def execute_many(codes: Iterable[str], workers: int | None = None, timeout: float = 5.0, maximum_memory_bytes: int = 256 * 2**20, *,
                  maximum_output_bytes: int = 2**20, i_understand: bool = False, lacking: Sequence[str] = ()) -> list[ExecutionResult]:
     """Run many programs, each as `execute_code` would, `workers` at a time (default: one per processor). Results in the order of `codes`.
@@ -574,6 +590,7 @@ def execute_many(codes: Iterable[str], workers: int | None = None, timeout: floa
     runs = iter(_drive([code for code, why in zip(codes, refused) if not why], workers, options))
     return [ExecutionResult(False, '', '', why, False, False) if why else _verdict(next(runs)) for why in refused]
 
+# %% ../nbs/11_execution.ipynb #5cb84ca0
 def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int = 256 * 2**20, *,
                  maximum_output_bytes: int = 2**20, i_understand: bool = False, lacking: Sequence[str] = ()) -> ExecutionResult:
     """Run a Python program that nobody trusts: no network, no files but the standard library and an empty directory, one process, killed after `timeout` seconds.
@@ -595,6 +612,7 @@ _PROBES = {
     'seccomp': "import os\ntry: os.fork()\nexcept PermissionError: pass\nelse: os._exit(1)",
 }
 
+# %% ../nbs/11_execution.ipynb #c57036a5
 @dataclass(frozen=True)
 class SandboxStatus:
     "Which layers this machine gives. `layers`: '' for active, else why not. `strong`: enough for `execute_code` without `i_understand`."
@@ -612,6 +630,7 @@ class SandboxStatus:
         rows = ''.join(f"| {layer} | {'active' if why == '' else why} | {LAYERS[layer]} |\n" for layer, why in self.layers.items())
         return f"| layer | here | what it gives |\n|---|---|---|\n{rows}"
 
+# %% ../nbs/11_execution.ipynb #37322652
 def sandbox_status(lacking: Sequence[str] = ()) -> SandboxStatus:
     "Try every layer by itself, with all the others off, on an attack that it must stop. About half a second."
     options = [_Options(10.0, i_understand=True, lacking=tuple(set(LAYERS) - {layer} | set(lacking))) for layer in LAYERS]
