@@ -219,13 +219,15 @@ CSS = '''
 
 # %% ../nbs/17_demo.ipynb #97e43040
 JS = '''() => {
-  const dark = localStorage.getItem('nanochat-dark');
-  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+  try {
+    const dark = localStorage.getItem('nanochat-dark');
+    if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+  } catch {}  // a browser may keep its storage from a page inside another, as in a notebook
   document.querySelector('#dark')?.setAttribute('aria-label', 'Switch between light and dark');
   document.querySelector('#settings .toggle-button')?.setAttribute('aria-label', 'Settings');
   document.addEventListener('keydown', e => { if (e.key === 'Escape') document.querySelector('#box .stop-button')?.click(); });
 }'''
-TOGGLE = "() => localStorage.setItem('nanochat-dark', document.body.classList.toggle('dark') ? '1' : '0')"
+TOGGLE = "() => { const dark = document.body.classList.toggle('dark'); try { localStorage.setItem('nanochat-dark', dark ? '1' : '0') } catch {} }"
 
 def look() -> dict[str, Any]:
     "Theme, CSS and JavaScript, for `Blocks.launch` or `mount_gradio_app`: the system's own fonts, nothing fetched."

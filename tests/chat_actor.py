@@ -13,7 +13,7 @@ def make_tokenizer(): return RustBPETokenizer.train_from_iterator(CORPUS, 300)
 
 class Parrot:
     """`generate` gives the question's own words again and again; `tool` in it calls the calculator first, `brief` says them once,
-    `crowded` is refused. Each event is a line in `log`."""
+    `slowly` takes eight times as long, `crowded` is refused. Each event is a line in `log`."""
     def __init__(self, tokenizer, log=None, delay=0.02, repeat=400, limit=2048):
         self.tokenizer, self.log, self.delay, self.repeat = tokenizer, log, delay, repeat
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=limit))
@@ -35,7 +35,7 @@ class Parrot:
         said = 0
         try:
             for said, token in enumerate(itertools.islice(self.script(question), max_tokens), 1):
-                time.sleep(self.delay)
+                time.sleep(self.delay * (8 if 'slowly' in question else 1))
                 yield [token], [1]
         finally: self.note(event='end', question=question, said=said, time=time.time())
 

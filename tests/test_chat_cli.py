@@ -35,19 +35,13 @@ def run(base, *flags, stdin=''):
     return subprocess.run(command(*flags), input=stdin, capture_output=True, text=True, env=environment(base), timeout=120)
 
 
-def test_one_prompt(checkpoint):
-    out = run(checkpoint, '-p', 'hello', '--max-tokens', '20', '--temperature', '1')
-    assert out.returncode == 0, out.stderr
-    assert len(out.stdout) > 1 and out.stdout.endswith('\n') and '\x1b' not in out.stdout and 'parameters' not in out.stdout   # no prompt, no banner
-
-
 def test_seed_decides(checkpoint, capsys):
     said = [(chat_cli(ChatConfig(prompt='hello', device='cpu', temperature=1, max_tokens=20, seed=s)), capsys.readouterr().out)[1] for s in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 
 def test_answer_is_the_engines(checkpoint):
-    """What is printed is what the engine says, token for token."""
+    """What is printed for one prompt is what the engine says, token for token: no prompt, no banner, no colours."""
     from nanochat.checkpoint_manager import load_model
     from nanochat.chat import Sampling, reply
     from nanochat.engine import Engine
@@ -57,14 +51,10 @@ def test_answer_is_the_engines(checkpoint):
         model, tok, _ = load_model('sft', 'cpu')
         *_, answer = reply(Engine(model, tok), [{'role': 'user', 'content': 'hello'}], Sampling(temperature=0, max_tokens=25))
     finally: del os.environ['NANOCHAT_DTYPE']
-    printed = run(checkpoint, '-p', 'hello', '--max-tokens', '25', '--temperature', '0').stdout
+    out = run(checkpoint, '-p', 'hello', '--max-tokens', '25', '--temperature', '0')
+    printed = out.stdout
+    assert out.returncode == 0 and len(printed) > 1 and printed.endswith('\n') and '\x1b' not in printed and 'parameters' not in printed, out.stderr
     if all(p['type'] == 'text' for p in answer.parts): assert printed == harmless(''.join(p['text'] for p in answer.parts)) + '\n'
-
-
-def test_lines_from_a_pipe(checkpoint):
-    out = run(checkpoint, '--max-tokens', '5', stdin='hello\n\n/clear\n/nonsense\nhello\n/quit\nnever\n')
-    assert out.returncode == 0, out.stderr
-    assert '>' not in out.stdout.split('/clear')[0][:2] and out.stdout.count('/quit leaves') == 1   # help for the unknown command
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -137,35 +127,29 @@ def test_terminal_ctrl_c_stops_the_answer_not_the_program(checkpoint):
     assert re.search(r'\x1b\[2m\d+ tokens · [\d,]+ tokens/s · context \d+/512 · stopped\x1b\[0m', said)   # on a terminal: dim, below the answer
     t.type('\x04')
     assert t.wait() == 0
-
-
-def test_history_is_recalled_and_private(checkpoint):
-    """What was asked yesterday comes back with the arrow key; nobody else on the machine can read it."""
     pytest.importorskip('readline', reason='this Python has no readline')
+    path = checkpoint/'chat_history'             # what was asked yesterday comes back with the arrow key, and is nobody else's business
+    assert path.read_text().split()[-3:] == ['hello', '/clear', 'again'] and path.stat().st_mode & 0o077 == 0
     t = Terminal(checkpoint, '--max-tokens', '5')
     t.read_until(r'\n> $')
-    t.type('a question of mine\r')
-    t.read_until(r'\n> $', 30)
-    t.type('/quit\r')
-    assert t.wait() == 0
-    path = checkpoint/'chat_history'
-    assert 'a question of mine' in path.read_text() and path.stat().st_mode & 0o077 == 0
-    t = Terminal(checkpoint, '--max-tokens', '5')
-    t.read_until(r'\n> $')
-    t.type('\x1b[A\x1b[A')
-    t.read_until('a question of mine')
+    t.type('\x1b[A' * 3)
+    t.read_until('hello')
     t.type('\x15/quit\r')
     assert t.wait() == 0
 
 
-def test_commands_of_the_terminal(checkpoint):
-    """/retry answers anew with another seed, /undo forgets, /system is told to the model from the next question on."""
-    out = run(checkpoint, '--max-tokens', '30', '--temperature', '1', '--top-k', '0', stdin='/retry\nhello\n/retry\n/undo\n/undo\n/system be brief\n/system\n/quit\n')
+def test_commands_from_a_pipe(checkpoint, capsys):
+    """/retry answers anew with another seed, /undo forgets, /system is told to the model from the next question on; help for what is none."""
+    out = run(checkpoint, '--max-tokens', '30', '--temperature', '1', '--top-k', '0', stdin='/retry\nhello\n/retry\n/undo\n\n/undo\n/system be brief\n/system\n/nonsense\n/quit\nnever\n')
     assert out.returncode == 0, out.stderr
     for words in ('nothing was asked yet', 'taken back: hello', 'nothing to take back', 'on: be brief', 'no system prompt'): assert words in out.stdout
-    one, two = out.stdout.split('(nothing was asked yet)\n')[1].split('(taken back')[0].strip('\n'), run(checkpoint, '-p', 'hello', '--max-tokens', '30', '--temperature', '1', '--top-k', '0').stdout
-    assert one.startswith(two.rstrip('\n')) and len(one) > len(two) + 5     # the first answer is the seed's own; another follows
-    assert 'tokens/s' not in out.stdout      # a pipe gets what the model says
+    said = []
+    os.environ['NANOCHAT_DTYPE'] = 'float32'
+    try:
+        for seed in (42, 43): said.append((chat_cli(ChatConfig(prompt='hello', device='cpu', temperature=1, top_k=0, max_tokens=30, seed=seed)), capsys.readouterr().out)[1])
+    finally: del os.environ['NANOCHAT_DTYPE']
+    assert out.stdout.startswith('(nothing was asked yet)\n' + ''.join(said) + '(taken back') and said[0] != said[1]
+    assert 'tokens/s' not in out.stdout and '> ' not in out.stdout[:40] and out.stdout.count('/quit leaves') == 1   # a pipe gets what the model says
 
 
 def test_what_was_forgotten_is_said(checkpoint):

@@ -1,5 +1,6 @@
 """The chat page: what it shows, whose Stop it is, conversations that stay in the browser; and the page itself in a real Chromium, asking nothing of the outside."""
-import json, os, re, shutil, subprocess, sys, threading, time
+import functools, json, os, re, shutil, subprocess, sys, threading, time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,7 +264,7 @@ def server(tmp_path_factory):
     pytest.importorskip('gradio', reason='gradio is not installed')
     log = tmp_path_factory.mktemp('parrot')/'log'
     log.touch()
-    process = subprocess.Popen([sys.executable, str(Path(__file__).parent/'chat_actor.py'), str(log), '0.01', '400', '600'], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, str(Path(__file__).parent/'chat_actor.py'), str(log), '0.005', '400', '600'], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, 'GRADIO_ANALYTICS_ENABLED': 'False', 'OMP_NUM_THREADS': '1'})
     url = process.stdout.readline().strip()
     assert url.startswith('http://127.0.0.1'), 'the server did not start'
@@ -368,7 +369,7 @@ def test_type_stream_stop(visitor, server):
     """The answer grows; Escape, and the button, end it within a token; markup stays text; the tool call unfolds by keyboard."""
     v = visitor(viewport=dict(width=390, height=800))
     assert 'parrot · step 7' in v.page.inner_text('#info') and v.page.evaluate('document.activeElement.tagName') == 'TEXTAREA'
-    v.page.keyboard.type('tool <b>bold</b> <img src=http://outside.example/x.png>')
+    v.page.keyboard.type('slowly tool <b>bold</b> <img src=http://outside.example/x.png>')
     v.page.keyboard.press('Shift+Enter')
     v.page.keyboard.type('two  lines')
     v.page.keyboard.press('Enter')
@@ -380,17 +381,17 @@ def test_type_stream_stop(visitor, server):
     v.done()
     end = wait_for(lambda: said(server.log, event='end'))[-1]
     assert status.startswith(f"{end['said']} tokens · ") and status.endswith(' · stopped') and ' tokens/s · context ' in status
-    assert v.questions == ['tool <b>bold</b> <img src=http://outside.example/x.png>\ntwo  lines'] and '\ntwo  lines🦜' in v.answers[-1]
+    assert v.questions == ['slowly tool <b>bold</b> <img src=http://outside.example/x.png>\ntwo  lines'] and '\ntwo  lines🦜' in v.answers[-1]
     assert v.page.locator('#chat .message b, #chat .message img').count() == 0
     assert v.page.evaluate('[document.documentElement.scrollWidth, document.documentElement.scrollHeight]') == [390, 800]
     v.page.focus('.thought-group [role="button"]')
     v.page.keyboard.press('Enter')
     v.page.wait_for_selector('text=/^12\\*7\\s*= 84$/')
-    v.ask('stop by the button', wait=False)
-    v.growing('stop by')
+    v.ask('slowly, stop by the button', wait=False)
+    v.growing('slowly')
     v.page.click('#box .stop-button')
     v.done()
-    assert said(server.log, event='end')[-1]['said'] < 250
+    assert said(server.log, event='end')[-1]['said'] < 256
 
 
 def test_retry_undo_edit(visitor, server):
@@ -446,14 +447,15 @@ def test_settings_take_effect(visitor, server):
 def test_two_browsers_at_once(visitor, server):
     """Each hears only its own words, and one's Stop leaves the other's answer running."""
     one, two = visitor(), visitor()
-    one.ask('alpha', wait=False)
-    two.ask('omega', wait=False)
-    one.growing('alpha'), two.growing('omega')
+    one.ask('slowly alpha', wait=False)
+    two.ask('slowly omega', wait=False)
+    one.growing('slow'), two.growing('slow')
     one.page.keyboard.press('Escape')
     one.done()
+    two.growing('omega')
     length = len(two.answers[-1])
     two.page.wait_for_function('n => [...document.querySelectorAll(\'[data-testid="bot"]\')].at(-1).innerText.length > n', arg=length)
-    assert not said(server.log, event='end', question='omega') and said(server.log, event='end', question='alpha')[0]['said'] < 200
+    assert not said(server.log, event='end', question='slowly omega') and said(server.log, event='end', question='slowly alpha')[0]['said'] < 256
     assert 'omega' not in one.page.inner_text('body') and 'alpha' not in two.page.inner_text('body')
     one.ask('brief gamma')
     last = said(server.log, event='start', question='brief gamma')[0]['prompt']
@@ -471,16 +473,16 @@ def test_reload_and_leaving(visitor, server):
     v.page.locator('[data-testid="bot"]', has_text='brief memory').wait_for()
     v.ask('brief again')
     assert 'brief memory' in said(server.log, event='start', question='brief again')[0]['prompt']
-    v.ask('cut by a reload', wait=False)
-    v.growing('cut by')
+    v.ask('slowly cut by a reload', wait=False)
+    v.growing('slow')
     v.reload()
     v.page.locator('[data-testid="bot"]', has_text='brief again').wait_for()
-    assert wait_for(lambda: said(server.log, event='end', question='cut by a reload'), seconds=4)[0]['said'] < 256
+    assert wait_for(lambda: said(server.log, event='end', question='slowly cut by a reload'), seconds=10)[0]['said'] < 256
     assert visitor().questions == []
-    v.ask('vanishing', wait=False)
-    v.growing('vanishing')
+    v.ask('slowly vanishing', wait=False)
+    v.growing('slow')
     v.page.close()
-    assert wait_for(lambda: said(server.log, event='end', question='vanishing'), seconds=4)[0]['said'] < 256
+    assert wait_for(lambda: said(server.log, event='end', question='slowly vanishing'), seconds=10)[0]['said'] < 256
     v.open()
     v.page.locator('[data-testid="bot"]', has_text='brief again').wait_for()
     v.page.click('#new')
@@ -510,6 +512,37 @@ def test_the_reader_is_told(visitor, server):
     v.page.keyboard.press('Escape')
     v.done()
     assert v.questions == [list(EXAMPLES)[0]]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+def test_inside_another_page(chromium, server, tmp_path):
+    """As in a notebook, in a browser that keeps its storage from foreign frames: the chat works and remembers, until a reload."""
+    (tmp_path/'index.html').write_text(f'<link rel=icon href=data:,><iframe src="{server.url}" width=780 height=640></iframe>')
+    notebook = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(QuietHandler, directory=tmp_path))
+    threading.Thread(target=notebook.serve_forever, daemon=True).start()
+    outer = f'localhost:{notebook.server_port}'      # another site than 127.0.0.1
+    context = chromium.new_context(viewport=dict(width=800, height=700))
+    page, hosts = context.new_page(), set()
+    page.set_default_timeout(15_000)
+    context.on('request', lambda r: r.url.startswith(('data:', 'blob:')) or hosts.add(r.url.split('/')[2]))
+    page.goto(f'http://{outer}/')
+    frame = page.frame_locator('iframe')
+    for n in range(2):
+        frame.locator('#box textarea').fill(f'brief {n}')
+        frame.locator('#box textarea').press('Enter')
+        frame.locator('[data-testid="bot"]', has_text=f'brief {n}').wait_for()
+        frame.locator('#box .submit-button').wait_for()
+    assert 'brief 0' in said(server.log, event='start', question='brief 1')[-1]['prompt']
+    frame.locator('#dark').click()
+    frame.locator('#new').click()
+    frame.locator('#chat .examples').wait_for()
+    context.close()
+    notebook.shutdown()
+    notebook.server_close()
+    assert hosts == {server.host, outer}
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
