@@ -7,14 +7,15 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling'
            'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Draw', 'Row',
            'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_group',
            'draw_tokens', 'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore',
-           'text_pieces', 'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'SchedulerLoop',
-           'SchedulerSteps', 'Columns', 'Scheduler']
+           'text_pieces', 'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'dismiss_team',
+           'SchedulerLoop', 'SchedulerSteps', 'Columns', 'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
-import asyncio, copy, hashlib, itertools, threading, time
+import asyncio, copy, ctypes, hashlib, itertools, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,6 +272,8 @@ def check_request(model: Any, tokens: list[int], max_tokens: int | None, limit: 
     "How many new tokens a prompt may have within `limit`, the model's own by default. Raises `UserError` for a prompt that does not fit and for no tokens at all."
     limit = limit or context_limit(model)
     if not tokens: raise UserError('the prompt is empty; give at least the <|bos|> token')
+    vocab = getattr(model.config, 'vocab_size', None)
+    if vocab and not 0 <= min(tokens) <= max(tokens) < vocab: raise UserError(f'the prompt has a token outside 0 to {vocab - 1}; encode it with this model\'s own tokenizer')
     if len(tokens) >= limit:
         raise UserError(f'the prompt has {len(tokens)} tokens, and this model reads at most {limit} with the answer included; shorten it to {limit - 1} or fewer')
     if max_tokens is not None and max_tokens < 1: raise UserError(f'max_tokens {max_tokens} leaves no room for an answer; give 1 or more, or leave it out for no limit')
@@ -604,13 +607,13 @@ class Ticket(TicketState):
 
     async def __aiter__(self):
         for i in itertools.count():
-            if len(self.tokens) <= i: await self._more(i)
+            while len(self.tokens) <= i and not self.done(): await self._more(i)
             if len(self.tokens) <= i: break
             yield self.tokens[i]
         if self.error: raise self.error
 
     async def _more(self, have: int) -> None:
-        "Wait until there are more than `have` tokens, or the end."
+        "Wait for news: more than `have` tokens, or the end, or a late word of what is known already."
         loop = asyncio.get_running_loop()
         with self._news:
             if len(self.tokens) > have or self.done(): return
@@ -684,6 +687,14 @@ class Counters:
         rate = sum(n for _, n in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0
         return {**self.counts, 'uptime': now - self.began, 'tokens_per_second': rate}
 
+# %% ../nbs/12_engine.ipynb #74dcb1e5
+def dismiss_team() -> bool:
+    "End the idle OpenMP workers of the calling thread, so that another thread's may wait actively; False where the runtime cannot."
+    try:
+        library = next((Path(torch.__file__).parent / 'lib').glob('lib*omp*.so*'))
+        return ctypes.CDLL(str(library)).omp_pause_resource_all(1) == 0  # 1: omp_pause_soft, of OpenMP 5.0
+    except (StopIteration, OSError, AttributeError): return False
+
 # %% ../nbs/12_engine.ipynb #45adee5a
 class SchedulerLoop:
     "The thread of a `Scheduler` and what it owns."
@@ -710,7 +721,7 @@ class SchedulerLoop:
         if self.batch is None: self._open()
         self._cancel()
         self.batch.feed()
-        while self._read_chunk() and self.batch.free and not self.batch.rows: pass  # nobody is kept waiting by reading on
+        while self._read_chunk() and self.batch.free and not self.batch.rows: self._cancel()  # nobody is kept waiting by reading on
         if self.batch.rows: self._deliver(self.batch.take())
 
     def _open(self) -> None:
@@ -724,7 +735,7 @@ class SchedulerLoop:
 
     def _cancel(self) -> None:
         "Cancelled requests leave, wherever they are."
-        gone = [t for t in self.waiting if t.cancelled]
+        gone = [t for t in list(self.waiting) if t.cancelled]
         for ticket in gone: self.waiting.remove(ticket)
         if self.reading and self.reading[0].cancelled: gone, self.reading = [*gone, self.reading[0]], None
         for row in self.batch.rows: row.done = row.request.cancelled
@@ -740,18 +751,19 @@ class SchedulerLoop:
 
     def _fail(self, error: Exception) -> None:
         "Something broke: everybody who was being served is told, and the next request starts anew."
-        rows = self.batch.rows if self.batch else []
-        reading = [self.reading[0]] if self.reading else []
+        tickets = [row.request for row in self.batch.rows] if self.batch else [self.waiting.popleft() for _ in range(len(self.waiting))]
+        if self.reading: tickets.append(self.reading[0])
         self.batch, self.reading = None, None
-        self._end([row.request for row in rows] + reading, 'error', error)
+        self._end(tickets, 'error', error)
 
 # %% ../nbs/12_engine.ipynb #48eae005
 class SchedulerSteps(SchedulerLoop):
     "Reading and decoding, a piece at a time."
     def _next(self) -> None:
         "Begin the next waiting request: find what is known of its prompt."
-        ticket = self.waiting.popleft()
-        runner = self.batch.runner
+        ticket, runner = self.waiting[0], self.batch.runner
+        self.reading = ticket, None, 0
+        self.waiting.popleft()
         n, known = self.prefixes.find(ticket.prompt) if runner.reuses else (0, None)
         cache = runner.scratch(1, self.limit if runner.reuses else len(ticket.prompt))
         if known: cache.start_from(known, ticket.prompt[:n])
@@ -760,16 +772,21 @@ class SchedulerSteps(SchedulerLoop):
         self.reading = ticket, cache, n
 
     def _read_chunk(self) -> bool:
-        "Read up to a chunk of one prompt; False when there is nothing to read or no slot for it."
-        if not self.reading:
-            if not self.waiting or not self.batch.free: return False
-            self._next()
-        ticket, cache, n = self.reading
+        "Read up to a chunk of one prompt; False when there is nothing to read or no slot for it. What goes wrong here concerns nobody else."
+        if not self.reading and (not self.waiting or not self.batch.free): return False
+        try:
+            if not self.reading: self._next()
+            self._read_on(*self.reading)
+        except Exception as e: self._end([self.reading[0]], 'error', e)
+        else: return True
+        self.reading = None
+        return True
+
+    def _read_on(self, ticket: Ticket, cache: Any, n: int) -> None:
         ids = ticket.prompt[n:n + self.chunk]
         logits = self.batch.runner.read(torch.tensor([ids], device=self.batch.runner.device), cache)
         self.reading = ticket, cache, n + len(ids)
         if n + len(ids) == len(ticket.prompt): self._admit(ticket, cache, logits)
-        return True
 
     def _admit(self, ticket: Ticket, cache: Any, logits: Tensor) -> None:
         row = new_row(self.tokenizer, ticket, 0, ticket.prompt_tokens, ticket.budget, ticket.seed, ticket.draw)
@@ -809,6 +826,7 @@ class Scheduler(SchedulerSteps):
         if slots < 1: raise UserError(f'{slots} slots are too few; use 1 or more')
         super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)
         self.max_waiting, self._numbers = max_waiting, itertools.count(1)
+        dismiss_team()
 
     def submit(self, prompt: list[int], *, max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 42) -> Ticket:
         "Queue a prompt. Raises `UserError` for one that cannot be answered and after `close`, `Busy` when too many wait."
@@ -845,7 +863,8 @@ class Scheduler(SchedulerSteps):
 
     def stats(self) -> dict[str, float]:
         "Slots, how many are active, how many requests wait, and all counters."
-        active = len(self.batch.rows) if self.batch else 0
+        batch = self.batch
+        active = len(batch.rows) if batch else 0
         return {'slots': self.slots, 'active': active, 'waiting': max(self.unfinished() - active, 0), 'max_waiting': self.max_waiting, **self.counters.read()}
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -854,8 +873,12 @@ class Scheduler(SchedulerSteps):
             self._closing = True
             self._work.notify()
         if self._thread and drain: self._thread.join(timeout)
-        for ticket in [*self.waiting, *([self.reading[0]] if self.reading else []), *(row.request for row in (self.batch.rows if self.batch else []))]: ticket.cancel()
+        for ticket in self._unfinished(): ticket.cancel()
         if self._thread: self._thread.join()
+
+    def _unfinished(self) -> list[Ticket]:
+        with self._work: waiting, reading, batch = list(self.waiting), self.reading, self.batch  # each read once: the loop goes on meanwhile
+        return waiting + ([reading[0]] if reading else []) + ([row.request for row in batch.rows] if batch else [])
 
     def __enter__(self) -> 'Scheduler': return self
     def __exit__(self, *exc: Any) -> None: self.close(drain=exc[0] is None)
