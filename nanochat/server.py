@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES', 'EMPTY_IN_MESSAGES', 'IGNORED', 'NEUTRAL',
            'FIELDS', 'PACE', 'LOCAL', 'GUARDED', 'CLOSED', 'SEND_SECONDS', 'COUNTERS', 'ENDPOINTS', 'BODY_SECONDS',
-           'CHAT_ERRORS', 'APIError', 'closing', 'read_json', 'number', 'flag', 'text_of', 'content_of', 'parts_of',
-           'message_of', 'messages_of', 'check_turns', 'check_fields', 'stops_of', 'wants_usage', 'ChatRequest',
-           'longest', 'parse_request', 'nullable', 'message_schema', 'request_schema', 'Cutter', 'Choice', 'texts',
-           'Job', 'envelope', 'chunk', 'delta', 'completion', 'sse', 'merged', 'pieces_of', 'openai_events',
-           'public_events', 'WorkerPool', 'Pool', 'Served', 'check_model', 'too_long', 'prompt_of', 'Service', 'health',
-           'stats', 'send_json', 'refuse', 'ClientGone', 'too_large', 'limited', 'header', 'under', 'check_host',
-           'check_key', 'Guard', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole',
-           'deliver', 'log_entry', 'append_private', 'record', 'Metrics', 'Counted', 'read_body', 'check_type',
+           'CHAT_ERRORS', 'NOT_HTTP', 'APIError', 'closing', 'read_json', 'number', 'flag', 'text_of', 'content_of',
+           'parts_of', 'message_of', 'check_turns', 'messages_of', 'check_fields', 'stops_of', 'wants_usage',
+           'ChatRequest', 'longest', 'parse_request', 'nullable', 'message_schema', 'request_schema', 'Cutter',
+           'ChoiceText', 'Choice', 'texts', 'Job', 'envelope', 'chunk', 'delta', 'completion', 'sse', 'merged',
+           'pieces_of', 'openai_events', 'public_events', 'WorkerPool', 'all_or_none', 'PlacingPool', 'Pool', 'Served',
+           'check_model', 'too_long', 'prompt_of', 'Service', 'place', 'admit', 'health', 'stats', 'send_json',
+           'refuse', 'ClientGone', 'too_large', 'limited', 'header', 'under', 'check_host', 'check_key', 'check_entry',
+           'Guard', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole', 'log_entry',
+           'append_private', 'record', 'deliver', 'families', 'Metrics', 'Counted', 'read_body', 'check_type',
            'live_response', 'answer', 'error_response', 'error_schema', 'documented', 'completion_schema', 'add_chat',
-           'add_facts', 'add_refusals', 'build_app', 'listen', 'url_of', 'make_server', 'drained', 'stop_gently',
-           'end_now', 'run_server', 'serve', 'Running', 'choose_devices', 'load_pool']
+           'add_facts', 'add_refusals', 'add_error_forms', 'build_app', 'listen', 'url_of', 'make_server', 'drained',
+           'stop_gently', 'end_now', 'run_server', 'serve', 'Running', 'choose_devices', 'load_pool']
 
 # %% ../nbs/16_server.ipynb #ad58b17d
 import asyncio, contextlib, functools, hmac, json, logging, os, re, secrets, signal, socket, sys, threading, time, traceback
@@ -77,6 +78,7 @@ def number(body: dict, name: str) -> int | float | None:
     if not low <= value <= high or (kind is int and value % 1): raise APIError(400, f"Invalid value for '{name}': expected {what}, but got {value!s:.40}.", name, 'invalid_value')
     return kind(value)
 
+# %% ../nbs/16_server.ipynb #87b025d3
 def flag(body: dict, name: str) -> bool:
     "A field that is true or false; False where it is absent or null. Raises `APIError`."
     value = body.get(name)
@@ -107,6 +109,7 @@ def content_of(parts: list[dict], done: bool = True) -> str:
         if kind != 'text' and (kind, after) != ('python', 'python_output') and (i + 1 < len(parts) or done): out.append('>>')
     return ''.join(out)
 
+# %% ../nbs/16_server.ipynb #4ec597c1
 def parts_of(text: str) -> list[dict]:
     "The parts that `content_of` made a text from. Only what the calculator confirms counts as a call; all else is text."
     parts, at = [], 0
@@ -133,6 +136,15 @@ def message_of(m: Any, i: int) -> dict:
     return {'role': role, 'content': parts_of(text) or '' if role == 'assistant' else text}
 
 # %% ../nbs/16_server.ipynb #e71fc5de
+def check_turns(roles: list[str]) -> None:
+    "Raise `APIError` unless user and assistant take turns and the user has the last word."
+    first = int(roles[0] == 'system')
+    for i, role in enumerate(roles[first:], first):
+        due = ('user', 'assistant')[(i - first) % 2]
+        if role != due: raise APIError(400, f"'messages[{i}]' has the role '{role}' where '{due}' is due: user and assistant take turns, and only the first message may be 'system'.", f'messages[{i}].role', 'invalid_value')
+    if roles[-1] != 'user': raise APIError(400, "The last message must be the user's.", f'messages[{len(roles) - 1}].role', 'invalid_value')
+
+# %% ../nbs/16_server.ipynb #1c7eb5f9
 def messages_of(body: dict) -> list[dict]:
     "The conversation, checked: an optional system message, then user and assistant in turn, the user last. Raises `APIError`."
     messages = body.get('messages')
@@ -145,14 +157,6 @@ def messages_of(body: dict) -> list[dict]:
     if total > MAX_TOTAL_CHARS: raise APIError(400, f"The messages have {total:,} characters together; a conversation may have {MAX_TOTAL_CHARS:,}.", 'messages', 'string_above_max_length')
     check_turns([m['role'] for m in out])
     return out
-
-def check_turns(roles: list[str]) -> None:
-    "Raise `APIError` unless user and assistant take turns and the user has the last word."
-    first = int(roles[0] == 'system')
-    for i, role in enumerate(roles[first:], first):
-        due = ('user', 'assistant')[(i - first) % 2]
-        if role != due: raise APIError(400, f"'messages[{i}]' has the role '{role}' where '{due}' is due: user and assistant take turns, and only the first message may be 'system'.", f'messages[{i}].role', 'invalid_value')
-    if roles[-1] != 'user': raise APIError(400, "The last message must be the user's.", f'messages[{len(roles) - 1}].role', 'invalid_value')
 
 # %% ../nbs/16_server.ipynb #1e3b0bcf
 IGNORED = ('user', 'metadata', 'store', 'service_tier', 'parallel_tool_calls', 'safety_identifier', 'prompt_cache_key', 'prompt_cache_retention')
@@ -178,6 +182,7 @@ def stops_of(body: dict) -> tuple[str, ...]:
         raise APIError(400, "Invalid value for 'stop': expected a string of 1 to 200 characters, or an array of up to 4.", 'stop', 'invalid_value')
     return tuple(stops)
 
+# %% ../nbs/16_server.ipynb #ecb55559
 def wants_usage(body: dict, stream: bool) -> bool:
     "Whether `stream_options` ask for the token counts at the end of a stream. Raises `APIError`."
     options = body.get('stream_options')
@@ -232,6 +237,7 @@ def message_schema() -> dict:
     fields = {'role': {'enum': ['system', 'developer', 'user', 'assistant']}, 'content': {'anyOf': [text, {'type': 'array', 'items': part}]}, 'name': {}, 'parts': {}}
     return {'type': 'object', 'required': ['role', 'content'], 'properties': fields | {k: {'enum': [None, [], '', {}]} for k in EMPTY_IN_MESSAGES}, 'additionalProperties': False}
 
+# %% ../nbs/16_server.ipynb #f234e67d
 def request_schema() -> dict:
     "JSON schema of the body of `POST /v1/chat/completions`."
     numbers = {k: nullable({'type': 'integer' if kind is int else 'number', 'minimum': low, 'maximum': high}) for k, (kind, low, high) in RANGES.items()}
@@ -264,8 +270,8 @@ class Cutter:
         return out
 
 # %% ../nbs/16_server.ipynb #05dc46ec
-class Choice:
-    "One answer being delivered: takes tokens, gives text. `ticket` is the scheduler's."
+class ChoiceText:
+    "Takes an answer's tokens, gives the text that is final. `ticket` is the scheduler's."
     def __init__(self, index: int, ticket: Any, tokenizer: Any, stop: tuple[str, ...] = ()):
         self.index, self.ticket, self.tokens = index, ticket, 0
         self.answer, self.cutter, self.pieces, self._seen = Answer(tokenizer), Cutter(stop), [], 0
@@ -293,6 +299,9 @@ class Choice:
 
     content = property(lambda self: ''.join(self.pieces), doc='The text given out so far.')
 
+# %% ../nbs/16_server.ipynb #2b4ad0f5
+class Choice(ChoiceText):
+    "One answer being delivered, and how it ended."
     @property
     def parts(self) -> list[dict]:
         "The answer's typed parts; of an answer cut by a stop sequence, those of its text."
@@ -339,12 +348,13 @@ class Job:
         "Give the slots back. A finished answer does not mind."
         for c in self.choices: c.ticket.cancel()
 
+    @property
     def usage(self) -> dict:
         "Token counts in OpenAI's form; the answer's last token counts, and so do the calculator's."
-        prompt, new = self.choices[0].ticket.prompt_tokens, sum(c.tokens for c in self.choices)
-        return {'prompt_tokens': prompt, 'completion_tokens': new, 'total_tokens': prompt + new, 'prompt_tokens_details': {'cached_tokens': self.choices[0].ticket.reused}}
+        prompt, new, known = self.choices[0].ticket.prompt_tokens, sum(c.tokens for c in self.choices), self.choices[0].ticket.reused
+        return {'prompt_tokens': prompt, 'completion_tokens': new, 'total_tokens': prompt + new, 'prompt_tokens_details': {'cached_tokens': known}}
 
-# %% ../nbs/16_server.ipynb #a96a8083
+# %% ../nbs/16_server.ipynb #06febd01
 def envelope(job: Job, kind: str) -> dict:
     "What all objects of one answer have in common."
     trimmed = {'trimmed_turns': job.dropped} if job.chat.trim else {}
@@ -358,11 +368,12 @@ def delta(index: int, content: dict, finish_reason: str | None = None) -> dict:
     "What one choice adds to a stream."
     return {'index': index, 'delta': content, 'logprobs': None, 'finish_reason': finish_reason}
 
+# %% ../nbs/16_server.ipynb #ec821dc7
 def completion(job: Job) -> dict:
     "The whole answer as one object."
     message = lambda c: {'role': 'assistant', 'content': c.content, 'refusal': None, 'parts': c.parts}
     choices = [{'index': c.index, 'message': message(c), 'logprobs': None, 'finish_reason': c.finish_reason} for c in job.choices]
-    return envelope(job, 'chat.completion') | {'choices': choices, 'usage': job.usage()}
+    return envelope(job, 'chat.completion') | {'choices': choices, 'usage': job.usage}
 
 def sse(data: dict | str) -> bytes:
     "One server-sent event."
@@ -386,6 +397,7 @@ async def merged(job: Job) -> AsyncIterator[tuple[Choice, str]]:
     finally:
         for task in waiting: task.cancel()
 
+# %% ../nbs/16_server.ipynb #e598ba8a
 async def pieces_of(job: Job) -> AsyncIterator[tuple[Choice, str]]:
     "The same, without the bookkeeping where there is one choice."
     if len(job.choices) > 1: found = merged(job)
@@ -393,7 +405,7 @@ async def pieces_of(job: Job) -> AsyncIterator[tuple[Choice, str]]:
     async with contextlib.aclosing(found):
         async for item in found: yield item
 
-# %% ../nbs/16_server.ipynb #eab27fe1
+# %% ../nbs/16_server.ipynb #beb927d7
 async def openai_events(job: Job) -> AsyncIterator[bytes]:
     "An answer as OpenAI streams it. The chunk that ends a choice carries its `parts` where a tool was used."
     yield sse(chunk(job, [delta(c.index, {'role': 'assistant', 'content': ''}) for c in job.choices]))
@@ -402,9 +414,10 @@ async def openai_events(job: Job) -> AsyncIterator[bytes]:
     for c in job.choices:
         used = any(p['type'] != 'text' for p in c.parts)
         yield sse(chunk(job, [delta(c.index, {'parts': c.parts} if used else {}, c.finish_reason)]))
-    if job.chat.usage: yield sse(chunk(job, [], job.usage()))
+    if job.chat.usage: yield sse(chunk(job, [], job.usage))
     yield sse('[DONE]')
 
+# %% ../nbs/16_server.ipynb #c7aefdfb
 async def public_events(job: Job) -> AsyncIterator[bytes]:
     "An answer as the public nanochat streams it."
     async with contextlib.aclosing(pieces_of(job)) as found:
@@ -430,6 +443,20 @@ class WorkerPool:
         workers = self.workers()
         return {k: sum(w[k] for w in workers) for k in workers[0] if k not in ('worker', 'device', 'uptime')} | {'uptime': workers[0]['uptime']}
 
+# %% ../nbs/16_server.ipynb #625c30a0
+def all_or_none(scheduler: Any, prompt: list[int], seeds: list[int], settings: dict) -> list[Any]:
+    "One ticket per seed. Raises what `submit` raises, and then none is left."
+    tickets = []
+    try:
+        for seed in seeds: tickets.append(scheduler.submit(prompt, seed=seed, **settings))
+    except BaseException:
+        for t in tickets: t.cancel()
+        raise
+    return tickets
+
+# %% ../nbs/16_server.ipynb #e5d0e85a
+class PlacingPool(WorkerPool):
+    "A `WorkerPool` that takes requests."
     def unfinished(self) -> int:
         "Requests that are being answered or wait."
         return sum(s.unfinished() for s in self.schedulers)
@@ -439,27 +466,18 @@ class WorkerPool:
         self.draining = True
         for s in self.schedulers: s.close(drain=drain, timeout=timeout)
 
-# %% ../nbs/16_server.ipynb #b10cc541
-class Pool(WorkerPool):
-    "A `WorkerPool` that takes requests."
     def place(self, prompt: list[int], seeds: list[int], **settings: Any) -> tuple[int, list[Any]]:
         "Hand a prompt to the least loaded worker, once per seed: its number and the tickets. Raises `Busy`, `UserError`, and `APIError` 503 while draining."
         if self.draining: raise closing()
         with self._lock:
             for i in sorted(range(len(self.schedulers)), key=lambda i: self.schedulers[i].unfinished()):
-                try: return i, self._all_or_none(self.schedulers[i], prompt, seeds, settings)
+                try: return i, all_or_none(self.schedulers[i], prompt, seeds, settings)
                 except Busy as e: full = e
         raise full
 
-    def _all_or_none(self, scheduler: Any, prompt: list[int], seeds: list[int], settings: dict) -> list[Any]:
-        tickets = []
-        try:
-            for seed in seeds: tickets.append(scheduler.submit(prompt, seed=seed, **settings))
-        except BaseException:
-            for t in tickets: t.cancel()
-            raise
-        return tickets
-
+# %% ../nbs/16_server.ipynb #d56f750c
+class Pool(PlacingPool):
+    "A `WorkerPool` with the face of a `Scheduler`."
     def submit(self, prompt: list[int], *, seed: int = 42, **settings: Any) -> Any:
         "`Scheduler.submit` on the least loaded worker."
         return self.place(prompt, [seed], **settings)[1][0]
@@ -486,6 +504,7 @@ class Served:
         "An entry of `/v1/models`."
         return {'id': self.id, 'object': 'model', 'created': self.created, 'owned_by': 'nanochat', 'context_length': self.context, 'step': self.step, 'parameters': self.parameters}
 
+# %% ../nbs/16_server.ipynb #0a6973af
 def check_model(served: Served, name: str | None) -> None:
     "Raise `APIError` 404 unless `name` is the served model's, its short form 'nanochat', or not given."
     if name not in (None, served.id, 'nanochat'): raise APIError(404, f"The model '{name:.80}' does not exist; this server has '{served.id}'.", 'model', 'model_not_found')
@@ -512,26 +531,28 @@ class Service:
         self.open, self.started, self.metrics = 0, time.time(), None
         self.threads = ThreadPoolExecutor(4, 'nanochat-admit')  # for parsing and tokenizing, beside the loop that feeds the streams
 
-    def admit(self, body: bytes, public: bool = False) -> Job:
-        "Parse, check, tokenize and submit. `public`: the public nanochat's endpoint, which streams always and overlooks unknown fields. Raises `APIError`."
-        data = read_json(body)
-        if public: data = {k: v for k, v in data.items() if k in FIELDS} | {'stream': True, 'n': 1, 'stream_options': None}
-        chat = parse_request(data)
-        check_model(self.served, chat.model)
-        ids, dropped = prompt_of(self.pool.tokenizer, chat, self.pool.limit)
-        worker, tickets = self.submit(ids, chat)
-        choices = [Choice(i, t, self.pool.tokenizer, chat.stop) for i, t in enumerate(tickets)]
-        return Job(chat, choices, worker, dropped, self.served.id, f'{self.served.tag}-{self.served.step}', f'chatcmpl-{secrets.token_hex(12)}', int(time.time()))
-
-    def submit(self, ids: list[int], chat: ChatRequest) -> tuple[int, list[Any]]:
-        "Hand it to the pool; a full queue becomes 429, other refusals 400."
-        settings = dict(max_tokens=min(chat.max_tokens, self.pool.limit - len(ids)), temperature=chat.temperature, top_k=chat.top_k or None, top_p=max(chat.top_p, 1e-6))
-        try: return self.pool.place(ids, [chat.seed + i for i in range(chat.n)], **settings)
-        except Busy as e: raise APIError(429, f'All slots are taken and the queue is full; try again in {e.retry_after} s.', code='rate_limit_exceeded', headers={'Retry-After': str(e.retry_after)}) from e
-        except APIError: raise
-        except UserError as e: raise APIError(400, str(e), code='invalid_value') from e
-
 # %% ../nbs/16_server.ipynb #b9ad7525
+def place(service: Service, ids: list[int], chat: ChatRequest) -> tuple[int, list[Any]]:
+    "Hand a request to the pool; a full queue becomes 429, other refusals 400."
+    settings = dict(max_tokens=min(chat.max_tokens, service.pool.limit - len(ids)), temperature=chat.temperature, top_k=chat.top_k or None, top_p=max(chat.top_p, 1e-6))
+    try: return service.pool.place(ids, [chat.seed + i for i in range(chat.n)], **settings)
+    except Busy as e: raise APIError(429, f'All slots are taken and the queue is full; try again in {e.retry_after} s.', code='rate_limit_exceeded', headers={'Retry-After': str(e.retry_after)}) from e
+    except APIError: raise
+    except UserError as e: raise APIError(400, str(e), code='invalid_value') from e
+
+# %% ../nbs/16_server.ipynb #33076fac
+def admit(service: Service, body: bytes, public: bool = False) -> Job:
+    "Parse, check, tokenize and submit. `public`: the public nanochat's endpoint, which streams always and overlooks unknown fields. Raises `APIError`."
+    data, pool, served = read_json(body), service.pool, service.served
+    if public: data = {k: v for k, v in data.items() if k in FIELDS} | {'stream': True, 'n': 1, 'stream_options': None}
+    chat = parse_request(data)
+    check_model(served, chat.model)
+    ids, dropped = prompt_of(pool.tokenizer, chat, pool.limit)
+    worker, tickets = place(service, ids, chat)
+    choices = [Choice(i, t, pool.tokenizer, chat.stop) for i, t in enumerate(tickets)]
+    return Job(chat, choices, worker, dropped, served.id, f'{served.tag}-{served.step}', f'chatcmpl-{secrets.token_hex(12)}', int(time.time()))
+
+# %% ../nbs/16_server.ipynb #2e8e35a4
 def health(service: Service) -> dict:
     "Whether the service takes requests, and what it serves."
     workers = service.pool.workers()
@@ -540,6 +561,7 @@ def health(service: Service) -> dict:
     return {'status': state, 'ready': state == 'ok', 'model': s.id, 'source': s.source, 'run': s.tag, 'step': s.step, 'parameters': s.parameters, 'context': s.context,
             'workers': len(workers), **total, 'uptime': round(time.time() - service.started, 1)}
 
+# %% ../nbs/16_server.ipynb #69e893f5
 def stats(service: Service) -> dict:
     "Figures of every worker, and the public nanochat's summary of them."
     workers = service.pool.workers()
@@ -554,6 +576,7 @@ async def send_json(send: Callable, status: int, data: dict, headers: dict[str, 
     await send({'type': 'http.response.start', 'status': status, 'headers': [(k.encode(), v.encode('latin1', 'replace')) for k, v in head.items()]})
     await send({'type': 'http.response.body', 'body': body, 'more_body': more})
 
+# %% ../nbs/16_server.ipynb #b7aac2ea
 async def refuse(e: APIError, receive: Callable, send: Callable, patience: float = 2.0) -> None:
     "Answer with an error at once, then let the client finish sending for up to `patience` seconds, and close the connection."
     await send_json(send, e.status, e.body(), e.headers | {'connection': 'close'}, more=True)
@@ -562,7 +585,7 @@ async def refuse(e: APIError, receive: Callable, send: Callable, patience: float
             while (await receive()).get('more_body'): pass
     await send({'type': 'http.response.body', 'body': b''})
 
-# %% ../nbs/16_server.ipynb #9abf0366
+# %% ../nbs/16_server.ipynb #e2ccf2c7
 class ClientGone(Exception):
     "The client closed the connection before its request was whole."
 
@@ -570,6 +593,7 @@ def too_large(limit: int) -> APIError:
     "The error for a body over the limit."
     return APIError(413, f'The body is larger than {limit:,} bytes.', code='request_too_large')
 
+# %% ../nbs/16_server.ipynb #152b5f44
 async def limited(app: Callable, scope: dict, receive: Callable, send: Callable, limit: int) -> None:
     "Run an ASGI app whose request body may have `limit` bytes. One that grows larger, chunk by chunk, is answered with 413 and the app sees the client leave."
     seen, over = 0, False
@@ -599,6 +623,7 @@ def under(path: str, roots: tuple[str, ...]) -> bool:
     "Whether a path is one of `roots` or below one."
     return any(path == r or path.startswith(r + '/') for r in roots)
 
+# %% ../nbs/16_server.ipynb #405b7b8d
 def check_host(host: str, allowed: tuple[str, ...] | None) -> None:
     "Raise `APIError` 421 when the `Host` header names another server; None allows all."
     name = re.sub(r':\d*$', '', host).lower()
@@ -612,24 +637,24 @@ def check_key(given: str, key: str | None) -> None:
     raise APIError(401, said + " Send it as 'Authorization: Bearer KEY'.", code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'})
 
 # %% ../nbs/16_server.ipynb #6e1b4e0b
+def check_entry(service: Service, scope: dict) -> None:
+    "Raise `APIError` for a request that must not come in."
+    path, length = scope['path'], header(scope, b'content-length')
+    check_host(header(scope, b'host'), service.hosts)
+    if under(path, GUARDED): check_key(header(scope, b'authorization'), service.api_key)
+    if path.startswith('/gradio_api/') and path.removeprefix('/gradio_api/').startswith(CLOSED): raise APIError(404, 'This part of Gradio is switched off here.', code='not_found')
+    if service.pool.draining and scope['method'] == 'POST' and under(path, GUARDED): raise closing()
+    if length.isdigit() and int(length) > MAX_BODY: raise too_large(MAX_BODY)
+
+# %% ../nbs/16_server.ipynb #03141620
 class Guard:
     "Middleware: who may come in, and how much they may bring."
     def __init__(self, app: Callable, service: Service):
         self.app, self.service = app, service
 
-    def check(self, scope: dict) -> None:
-        "Raise `APIError` for a request that must not come in."
-        s, path = self.service, scope['path']
-        check_host(header(scope, b'host'), s.hosts)
-        if under(path, GUARDED): check_key(header(scope, b'authorization'), s.api_key)
-        if path.startswith('/gradio_api/') and path.removeprefix('/gradio_api/').startswith(CLOSED): raise APIError(404, 'This part of Gradio is switched off here.', code='not_found')
-        if s.pool.draining and scope['method'] == 'POST' and under(path, GUARDED): raise closing()
-        length = header(scope, b'content-length')
-        if length.isdigit() and int(length) > MAX_BODY: raise too_large(MAX_BODY)
-
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        try: self.check(scope)
+        try: check_entry(self.service, scope)
         except APIError as e: return await refuse(e, receive, send)
         await limited(self.app, scope, receive, send, MAX_BODY)
 
@@ -643,6 +668,7 @@ def error_form(status: int, body: bytes) -> dict:
     e = APIError(status, str(detail or 'The request failed.'), code={404: 'not_found', 405: 'method_not_allowed'}.get(status))
     return (data if isinstance(data, dict) else {}) | e.body()
 
+# %% ../nbs/16_server.ipynb #76785649
 class ErrorForm:
     "Middleware: every answer from 400 on is JSON in OpenAI's form."
     def __init__(self, app: Callable): self.app = app
@@ -672,6 +698,7 @@ async def until_gone(receive: Callable) -> None:
     "Wait until the client has left."
     while (await receive())['type'] != 'http.disconnect': pass
 
+# %% ../nbs/16_server.ipynb #283fc587
 async def attend(receive: Callable, work: Awaitable) -> bool:
     "Run `work` until it is done or the client leaves; whether it was done. Raises what it raises."
     gone, task = asyncio.ensure_future(until_gone(receive)), asyncio.ensure_future(work)
@@ -696,6 +723,7 @@ async def troubled(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         traceback.print_exc()
         yield sse(APIError(500, 'The server had an error while answering.', code='server_error').body())
 
+# %% ../nbs/16_server.ipynb #daa995f0
 async def stream(events: AsyncIterator[bytes], send: Callable) -> None:
     "Send a stream of events. Waiting for a slow reader holds up nobody else; raises `TimeoutError` when he takes nothing for `SEND_SECONDS`."
     head = {b'content-type': b'text/event-stream; charset=utf-8', b'cache-control': b'no-cache', b'x-accel-buffering': b'no'}
@@ -705,7 +733,7 @@ async def stream(events: AsyncIterator[bytes], send: Callable) -> None:
             async with asyncio.timeout(SEND_SECONDS): await send({'type': 'http.response.body', 'body': data, 'more_body': True})
     await send({'type': 'http.response.body', 'body': b''})
 
-# %% ../nbs/16_server.ipynb #ee19369b
+# %% ../nbs/16_server.ipynb #c5342712
 async def whole(job: Job, send: Callable) -> None:
     "Send the answer as one object."
     try:
@@ -718,23 +746,12 @@ async def whole(job: Job, send: Callable) -> None:
         status, data = 500, APIError(500, 'The server had an error while answering.', code='server_error').body()
     async with asyncio.timeout(SEND_SECONDS): await send_json(send, status, data)
 
-async def deliver(service: Service, job: Job, public: bool, receive: Callable, send: Callable) -> None:
-    "Send a job's answer in the form that was asked for, and free its slots whatever happens."
-    service.open += 1
-    try:
-        work = stream((public_events if public else openai_events)(job), send) if job.chat.stream else whole(job, send)
-        with contextlib.suppress(TimeoutError): done = await attend(receive, work)
-    finally:
-        job.close()
-        service.open -= 1
-        await record(service, job)
-
 # %% ../nbs/16_server.ipynb #3202cdd8
 def log_entry(job: Job) -> dict:
     "What the conversation log holds of one request."
     settings = {k: getattr(job.chat, k) for k in ('temperature', 'top_k', 'top_p', 'max_tokens', 'seed', 'n')}
     answers = [{'content': c.content, 'finish_reason': 'stop' if c.cutter.hit else c.ticket.finish_reason} for c in job.choices]
-    return {'time': job.created, 'id': job.id, 'model': job.model, 'messages': job.chat.messages, **settings, 'answers': answers, 'usage': job.usage()}
+    return {'time': job.created, 'id': job.id, 'model': job.model, 'messages': job.chat.messages, **settings, 'answers': answers, 'usage': job.usage}
 
 def append_private(path: Path | str, entry: dict) -> None:
     "Append a line to a file that only its owner may read."
@@ -748,9 +765,30 @@ async def record(service: Service, job: Job) -> None:
     try: await asyncio.shield(asyncio.get_running_loop().run_in_executor(service.threads, append_private, service.log, log_entry(job)))
     except OSError as e: print(f'cannot write the conversation log: {e}', file=sys.stderr)
 
+# %% ../nbs/16_server.ipynb #d1bdeaad
+async def deliver(service: Service, job: Job, public: bool, receive: Callable, send: Callable) -> None:
+    "Send a job's answer in the form that was asked for, and free its slots whatever happens."
+    service.open += 1
+    try:
+        work = stream((public_events if public else openai_events)(job), send) if job.chat.stream else whole(job, send)
+        with contextlib.suppress(TimeoutError): done = await attend(receive, work)
+    finally:
+        job.close()
+        service.open -= 1
+        await record(service, job)
+
 # %% ../nbs/16_server.ipynb #1ed762f9
 COUNTERS = ('submitted', 'finished', 'cancelled', 'failed', 'refused', 'prompt_tokens', 'generated_tokens', 'reused_tokens', 'steps')
 
+def families(workers: list[dict]) -> Iterator[Any]:
+    "Each figure of the workers as a Prometheus metric with the worker as its label."
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    for name in [k for k, v in workers[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'worker']:
+        family = (CounterMetricFamily if name in COUNTERS else GaugeMetricFamily)(f'nanochat_{name}', f'{name.replace("_", " ")}, by worker', labels=['worker'])
+        for w in workers: family.add_metric([str(w['worker'])], w[name])
+        yield family
+
+# %% ../nbs/16_server.ipynb #3f9180f3
 class Metrics:
     "Figures for Prometheus. Needs `prometheus_client`."
     def __init__(self, service: Service):
@@ -764,12 +802,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         "Each worker's own figures, at the moment of asking."
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-        workers = self.service.pool.workers()
-        for name in [k for k, v in workers[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'worker']:
-            family = (CounterMetricFamily if name in COUNTERS else GaugeMetricFamily)(f'nanochat_{name}', f'{name.replace("_", " ")}, by worker', labels=['worker'])
-            for w in workers: family.add_metric([str(w['worker'])], w[name])
-            yield family
+        return families(self.service.pool.workers())
 
     def answered(self, job: Job) -> None:
         "Note the times of one job."
@@ -817,11 +850,13 @@ async def read_body(receive: Callable) -> bytes:
                 if not message.get('more_body'): return b''.join(parts)
     except TimeoutError as e: raise APIError(408, f'The body did not arrive within {BODY_SECONDS:.0f} s.', code='request_timeout', headers={'Connection': 'close'}) from e
 
+# %% ../nbs/16_server.ipynb #f9ab452a
 def check_type(content_type: str) -> None:
     "Raise `APIError` 415 unless the body is said to be JSON."
     if content_type.partition(';')[0].strip().lower() == 'application/json': return
     raise APIError(415, f"Expected 'Content-Type: application/json', but got '{content_type:.80}'.", code='unsupported_media_type')
 
+# %% ../nbs/16_server.ipynb #d1e00c8d
 @functools.cache
 def live_response() -> type:
     "A response class for FastAPI that hands `receive` and `send` to a function."
@@ -831,12 +866,12 @@ def live_response() -> type:
         async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None: await self.run(receive, send)
     return Live
 
-# %% ../nbs/16_server.ipynb #bfa99e9d
+# %% ../nbs/16_server.ipynb #b72a5830
 async def answer(service: Service, request: Any, public: bool = False) -> Any:
     "A chat request from its body to a response that streams or waits. Raises `APIError`."
     check_type(request.headers.get('content-type', ''))
     body = await read_body(request.receive)
-    job = await asyncio.get_running_loop().run_in_executor(service.threads, service.admit, body, public)
+    job = await asyncio.get_running_loop().run_in_executor(service.threads, admit, service, body, public)
     return live_response()(functools.partial(deliver, service, job, public))
 
 def error_response(e: APIError) -> Any:
@@ -850,6 +885,7 @@ def error_schema() -> dict:
     text = {'type': ['string', 'null']}
     return {'type': 'object', 'required': ['error'], 'properties': {'error': {'type': 'object', 'required': ['message', 'type', 'param', 'code'], 'properties': {'message': {'type': 'string'}, 'type': {'type': 'string'}, 'param': text, 'code': text}}}}
 
+# %% ../nbs/16_server.ipynb #6dff9dd2
 def documented(*statuses: int, body: dict | None = None, stream: bool = False) -> dict:
     "Arguments for a FastAPI route: its body's schema and what it may answer beside 200."
     error = {'description': 'An error in OpenAI\'s form', 'content': {'application/json': {'schema': error_schema()}}}
@@ -857,6 +893,7 @@ def documented(*statuses: int, body: dict | None = None, stream: bool = False) -
     extra = {'openapi_extra': {'requestBody': {'required': True, 'content': {'application/json': {'schema': body}}}}} if body else {}
     return {'responses': ok | {s: error for s in (*statuses, 401, 421, 500)}} | extra
 
+# %% ../nbs/16_server.ipynb #2b0de929
 def completion_schema() -> dict:
     "JSON schema of a whole answer."
     whole = {'type': 'integer', 'minimum': 0}
@@ -865,7 +902,7 @@ def completion_schema() -> dict:
     usage = {'type': 'object', 'required': ['prompt_tokens', 'completion_tokens', 'total_tokens'], 'properties': dict.fromkeys(('prompt_tokens', 'completion_tokens', 'total_tokens'), whole)}
     return {'type': 'object', 'required': ['id', 'object', 'created', 'model', 'choices', 'usage'], 'properties': {'object': {'enum': ['chat.completion']}, 'choices': {'type': 'array', 'items': choice}, 'usage': usage}}
 
-# %% ../nbs/16_server.ipynb #ca583dc1
+# %% ../nbs/16_server.ipynb #80dec645
 CHAT_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 def add_chat(app: Any, service: Service) -> None:
@@ -880,6 +917,7 @@ def add_chat(app: Any, service: Service) -> None:
     @app.post('/chat/completions', summary="The public nanochat's stream", **docs)
     async def public_chat(request: Request): return await answer(service, request, public=True)
 
+# %% ../nbs/16_server.ipynb #35bb000c
 def add_facts(app: Any, service: Service) -> None:
     "The endpoints that tell about the model and the service."
     from starlette.responses import JSONResponse, Response
@@ -915,19 +953,25 @@ def _plain(fn: Callable) -> Callable:
     return endpoint
 
 # %% ../nbs/16_server.ipynb #b70de01a
+def add_error_forms(app: Any) -> None:
+    "Answers to exceptions: ours, the framework's, and those that nobody expected."
+    from starlette.exceptions import HTTPException
+    known = lambda e: APIError(e.status_code, str(e.detail), code='not_found' if e.status_code == 404 else None, headers=dict(e.headers or {}))
+    app.add_exception_handler(APIError, lambda request, e: error_response(e))
+    app.add_exception_handler(HTTPException, lambda request, e: error_response(known(e)))
+    app.add_exception_handler(Exception, lambda request, e: error_response(APIError(500, 'The server had an error while processing your request.', code='server_error')))
+
+# %% ../nbs/16_server.ipynb #9021ad42
 def build_app(service: Service, origins: tuple[str, ...] = ()) -> Any:
     "The API as a FastAPI application; a page may be mounted at '/' afterwards. `origins`: web sites whose pages may use it."
     from fastapi import FastAPI
-    from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     app = FastAPI(title='nanochat', version='1', docs_url=None, redoc_url=None, redirect_slashes=False)  # their pages fetch scripts from elsewhere
     service.metrics = Metrics(service)
     add_chat(app, service)
     add_facts(app, service)
     add_refusals(app)
-    app.add_exception_handler(APIError, lambda request, e: error_response(e))
-    app.add_exception_handler(HTTPException, lambda request, e: error_response(APIError(e.status_code, str(e.detail), code='not_found' if e.status_code == 404 else None, headers=dict(e.headers or {}))))
-    app.add_exception_handler(Exception, lambda request, e: error_response(APIError(500, 'The server had an error while processing your request.', code='server_error')))
+    add_error_forms(app)
     app.add_middleware(Guard, service=service)
     if origins: app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(ErrorForm)
@@ -949,19 +993,22 @@ def listen(host: str, port: int) -> socket.socket:
         raise
     return s
 
+# %% ../nbs/16_server.ipynb #da6b7e97
 def url_of(sock: socket.socket) -> str:
     "The address a person can open."
     host, port = sock.getsockname()[:2]
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
+# %% ../nbs/16_server.ipynb #81396d4e
+NOT_HTTP = json.dumps(APIError(400, 'This is not a valid HTTP request.', code='invalid_http').body()).encode()
+
 def make_server(app: Any) -> Any:
     "A uvicorn server that leaves signals to us and says in JSON that a request was not HTTP."
     import uvicorn
     config = uvicorn.Config(app, ws='none', log_level='warning', access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=2)
     config.load()
-    body = json.dumps(APIError(400, 'This is not a valid HTTP request.', code='invalid_http').body()).encode()
-    raw = b'HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s' % (len(body), body)
+    raw = b'HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s' % (len(NOT_HTTP), NOT_HTTP)
     def send_400_response(self, msg: str) -> None:
         self.transport.write(raw)
         self.transport.close()
@@ -979,6 +1026,7 @@ async def drained(service: Service, seconds: float) -> bool:
         await asyncio.sleep(.02)
     return True
 
+# %% ../nbs/16_server.ipynb #07b8ed3a
 async def stop_gently(service: Service, server: Any, seconds: float) -> None:
     "Take no new requests, finish what is running within `seconds`, cut off the rest, and end the server."
     service.pool.draining = True
@@ -993,6 +1041,7 @@ def end_now(server: Any, seconds: int) -> None:
     logging.getLogger('uvicorn.error').setLevel(logging.CRITICAL)
     server.config.timeout_graceful_shutdown, server.should_exit = seconds, True
 
+# %% ../nbs/16_server.ipynb #54b42269
 async def run_server(app: Any, service: Service, sock: socket.socket, drain_seconds: float = 30.0, ready: Callable = lambda: None, signals: bool = True) -> None:
     "Serve until a signal comes (SIGINT or SIGTERM), then end gently; a second signal ends at once."
     server, loop, ending = make_server(app), asyncio.get_running_loop(), []
@@ -1006,12 +1055,13 @@ async def run_server(app: Any, service: Service, sock: socket.socket, drain_seco
     if server.started: ready()
     await task
 
-# %% ../nbs/16_server.ipynb #6c00f267
+# %% ../nbs/16_server.ipynb #f3cba765
 def serve(app: Any, service: Service, sock: socket.socket, drain_seconds: float = 30.0, ready: Callable = lambda: None) -> None:
     "Serve in this thread until a signal ends it, and close the workers."
     try: asyncio.run(run_server(app, service, sock, drain_seconds, ready))
     finally: service.pool.close(drain=False, timeout=2)
 
+# %% ../nbs/16_server.ipynb #0579cd2d
 class Running:
     "The same in a thread of its own, for notebooks and tests: `url`, and `close()`, which ends it gently. Also a context manager."
     def __init__(self, app: Any, service: Service, host: str = '127.0.0.1', port: int = 0, sock: socket.socket | None = None):
@@ -1042,6 +1092,7 @@ def choose_devices(device: str | None = None, devices: tuple[str, ...] = (), wor
     if workers > len(found) and found[0].type != 'cpu': raise UserError(f'--workers {workers} needs as many devices, and there are {len(found)}; use --workers {len(found)}')
     return found[:workers] if workers <= len(found) else found[:1] * workers
 
+# %% ../nbs/16_server.ipynb #132d3b8c
 def load_pool(source: str = 'sft', devices: list[torch.device] | None = None, model_tag: str | None = None, step: int | None = None,
               slots: int = 16, max_waiting: int = 64) -> tuple[Pool, Served]:
     "A worker per device with a trained model, warmed up by one token, and the model's card. Workers on one device share its weights. Raises `UserError`."

@@ -168,14 +168,15 @@ def test_a_disconnect_frees_the_slot_within_one_token(tok, monkeypatch, stream):
 
 
 def test_sigterm_in_mid_stream(base):
-    """The door closes, the answer is finished to its [DONE], the process leaves with 0."""
-    with Process(base, '--slots', '2') as p, Wire(p.port) as w:
+    """The door closes, the answer is finished to its [DONE] even for a reader who pauses, the process leaves with 0."""
+    with Process(base, '--slots', '2') as p, Wire(p.port, receive_buffer=2048) as w:
         w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
         p.signal(signal.SIGTERM)
         status, health, _ = wait_for(lambda: (a := p.get('/health'))[0] == 503 and a)
         check_error(status, health, 503)
         assert health['status'] == 'draining' and not health['ready']
         for path in ('/v1/chat/completions', '/chat/completions'): assert check_error(*p.post(path, chat(2))[:2], 503)['code'] == 'server_shutdown'
+        time.sleep(2.5)     # longer than uvicorn by itself would wait
         assert p.get('/v1/models')[0] == 200
         body = w.read_all()
         assert body.endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n') and b'"finish_reason":"length"' in body
