@@ -178,7 +178,7 @@ def bad_sources(p):
     (p/'book.pdf').write_bytes(b'%PDF')
     yield p/'book.pdf', 'book.pdf is of a kind that cannot be read'
     yield p/'nowhere', 'there is no file or folder .*nowhere'
-    yield 'climbmix', 'climbmix.*cannot be downloaded yet'
+    yield 'climbmix', 'climbmix.*must be downloaded, and HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE'
 
 
 def test_bad_input_is_a_sentence_and_writes_nothing(tmp_path, base_directory):
