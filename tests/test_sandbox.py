@@ -330,6 +330,9 @@ for pid in ('self', 1, 2, os.getppid(), {os.getpid()}):
 """
     result = run(code)
     assert result.success and secret not in result.stdout
+    # what the kernel put on the stack at the start stays there, whatever os.environ says: read upwards from the program's name to the end of the stack
+    result = run("import ctypes\np = ctypes.c_void_p.in_dll(ctypes.CDLL(None), 'program_invocation_name').value\nfor i in range(10**5): print(ctypes.string_at(p + 64 * i, 64))")
+    assert 'MALLOC_ARENA_MAX' in result.stdout and secret not in result.stdout
 
 
 def test_the_parents_memory_cannot_be_read(run):
@@ -779,6 +782,35 @@ def test_refused_before_any_code_runs(status, prey):
     assert (folder/'new').exists()                                     # with all walls down it would have been written
 
 
+def run_as(prefix, program):
+    """What a program prints whose process began as `prefix` says; skips where that is not allowed."""
+    stub = "import sys, types\nstub = sys.modules['nanochat.common'] = types.ModuleType('nanochat.common')\nstub.UserError = type('UserError', (Exception,), {})\nfrom nanochat.execution import *\n"
+    done = subprocess.run([*prefix, sys.executable, '-c', stub + program], capture_output=True, text=True, cwd=Path(execution.__file__).parents[1])
+    if done.returncode and not done.stderr.startswith('Traceback'): pytest.skip(f'{prefix[0]} is not allowed here: {done.stderr.strip()[-200:]}')
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ASK = "print(sandbox_status().strong, [n for n, why in sandbox_status().layers.items() if why])\nprint(execute_code('print(5)').stdout)"
+POWERLESS = ['setpriv', '--inh-caps=-all', '--bounding-set=-all']
+PLACES = {
+    'root of a rootless container': ['unshare', '-U', '-r'],
+    'root of a container without capabilities': POWERLESS if hasattr(os, 'geteuid') and os.geteuid() == 0 else ['unshare', '-U', '-r', *POWERLESS],
+    'no namespaces left': ['unshare', '-U', '-r', 'sh', '-c', 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$0" "$@"', *POWERLESS],
+}
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_other_places(status, place):
+    """Conditions of containers, made with the tools of util-linux: the run adapts, and stays strong where Landlock can replace the room."""
+    if not shutil.which('unshare') or not shutil.which('setpriv'): pytest.skip('util-linux is not installed')
+    need(status, execution._NEEDS + (('landlock',),))
+    strong, _, answer = run_as(PLACES[place], ASK).partition('\n')
+    assert strong.startswith('True') and answer == '5\n\n'
+    missing = set() if 'rootless' in place else set(NAMESPACES)  # since Linux 5.12 root needs CAP_SETFCAP to appear in a user namespace
+    assert all((f"'{layer}'" in strong) == (layer in missing) for layer in LAYERS), strong
+
+
 def test_status_is_readable(status):
     assert set(status.layers) == set(LAYERS)
     assert all(layer in str(status) for layer in LAYERS) and status._repr_markdown_().count('\n') == len(LAYERS) + 2
@@ -824,7 +856,8 @@ def test_no_descriptor_leaks_over_many_runs(status):
 
 
 PARENT = """
-import sys, types
+import signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 stub = sys.modules['nanochat.common'] = types.ModuleType('nanochat.common')
 stub.UserError = type('UserError', (Exception,), {})  # the real one imports torch, which takes seconds
 from nanochat import execution
