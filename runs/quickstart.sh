@@ -57,9 +57,8 @@ python -m nanochat.scripts.chat_sft --model-tag "$tag" --minutes "$(share .33)" 
 python -m nanochat.scripts.chat_eval --source sft --model-tag "$tag"
 
 stage "6/8  Reinforcement learning on stories with sums, which fine-tuning left unfinished ($(share .28) min)"
-# Little stories are what fine-tuning saw too few of. These rates gained most here; dev/LOG.md has the others.
-python -m nanochat.scripts.chat_rl --model-tag "$tag" --task arithmetic3 --minutes "$(share .28)" --examples-per-step 24 --eval-problems 300 \
-    --embedding-lr 0.03 --init-lr-frac 0.1 ${fresh[@]+"${fresh[@]}"}
+# Little stories are what fine-tuning saw too few of.
+python -m nanochat.scripts.chat_rl --model-tag "$tag" --minutes "$(share .28)" --eval-problems 300 ${fresh[@]+"${fresh[@]}"}
 
 stage "7/8  Evaluation on held-out items"
 python -m nanochat.scripts.chat_eval --source rl --model-tag "$tag"
@@ -69,6 +68,6 @@ python -m nanochat.scripts.report
 say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s."
 
 if [ $chat = 1 ]; then
-    say "Chat: open the address below in a browser; Ctrl-C ends it. In the terminal: python -m nanochat.scripts.chat_cli"
+    say "Chat: open the address below in a browser; Ctrl-C ends it. In the terminal: . .venv/bin/activate && python -m nanochat.scripts.chat_cli --source rl"
     exec python -m nanochat.scripts.chat_web --source rl --model-tag "$tag"
 fi
