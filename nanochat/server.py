@@ -15,8 +15,9 @@ __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES',
            'Guard', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole', 'log_entry',
            'append_private', 'record', 'deliver', 'families', 'Metrics', 'Counted', 'read_body', 'check_type',
            'live_response', 'answer', 'error_response', 'error_schema', 'documented', 'completion_schema', 'add_chat',
-           'add_facts', 'add_refusals', 'add_error_forms', 'build_app', 'listen', 'url_of', 'make_server', 'drained',
-           'stop_gently', 'end_now', 'run_server', 'serve', 'Running', 'choose_devices', 'load_pool']
+           'add_facts', 'add_refusals', 'no_such_path', 'add_error_forms', 'build_app', 'listen', 'url_of',
+           'make_server', 'drained', 'stop_gently', 'end_now', 'run_server', 'serve', 'Running', 'choose_devices',
+           'load_pool']
 
 # %% ../nbs/16_server.ipynb #ad58b17d
 import asyncio, contextlib, functools, hmac, json, logging, os, re, secrets, signal, socket, sys, threading, time, traceback
@@ -945,8 +946,12 @@ def add_refusals(app: Any) -> None:
     for path, methods in allowed.items():
         def wrong_method(request: Request, allow: str = ', '.join(sorted(methods))): raise APIError(405, f'{request.method} is not allowed here; use {allow}.', code='method_not_allowed', headers={'Allow': allow})
         app.add_route(path, _plain(wrong_method), methods=[m for m in every if m not in methods], include_in_schema=False)
-    def unknown(request: Request): raise APIError(404, f'There is no {request.url.path:.200} here; the API has {", ".join(ENDPOINTS)}.', code='not_found')
+    def unknown(request: Request): raise no_such_path(request.url.path)
     for path in ('/v1', '/v1/{rest:path}', '/chat', '/chat/{rest:path}'): app.add_route(path, _plain(unknown), methods=every, include_in_schema=False)
+
+def no_such_path(path: str) -> APIError:
+    "The error for a path that does not exist."
+    return APIError(404, f'There is no {path:.200} here; the API has {", ".join(ENDPOINTS)}.', code='not_found')
 
 def _plain(fn: Callable) -> Callable:
     async def endpoint(request): return fn(request)
@@ -956,9 +961,11 @@ def _plain(fn: Callable) -> Callable:
 def add_error_forms(app: Any) -> None:
     "Answers to exceptions: ours, the framework's, and those that nobody expected."
     from starlette.exceptions import HTTPException
-    known = lambda e: APIError(e.status_code, str(e.detail), code='not_found' if e.status_code == 404 else None, headers=dict(e.headers or {}))
+    def known(request: Any, e: HTTPException) -> APIError:
+        if e.status_code == 404: return no_such_path(request.url.path)
+        return APIError(e.status_code, str(e.detail), headers=dict(e.headers or {}))
     app.add_exception_handler(APIError, lambda request, e: error_response(e))
-    app.add_exception_handler(HTTPException, lambda request, e: error_response(known(e)))
+    app.add_exception_handler(HTTPException, lambda request, e: error_response(known(request, e)))
     app.add_exception_handler(Exception, lambda request, e: error_response(APIError(500, 'The server had an error while processing your request.', code='server_error')))
 
 # %% ../nbs/16_server.ipynb #9021ad42

@@ -440,6 +440,15 @@ def test_without_gradio(known, monkeypatch):
         assert status == 200 and 'pip install' in text and get(r.url + '/v1/models')[0] == 200
 
 
+def test_ipv6_and_names(known):
+    service = service_of(known, hosts=('[::1]',))
+    try: sock = server.listen('::1', 0)
+    except OSError: pytest.skip('no IPv6 on this machine')
+    with Running(build_app(service), service, sock=sock) as r:
+        assert r.url.startswith('http://[::1]:') and get(r.url + '/health')[0] == 200
+        check_error(*get(r.url + '/health', Host='localhost')[:2], 421)
+
+
 # Properties
 
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=12)

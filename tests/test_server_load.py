@@ -8,7 +8,7 @@ pytest.importorskip('fastapi', reason="the serving extra is not installed: pip i
 openai = pytest.importorskip('openai', reason='the openai client is not installed')
 psutil = pytest.importorskip('psutil', reason='psutil is not installed')
 
-from nanochat import engine
+from nanochat import engine, server
 from nanochat.engine import Engine, Scheduler
 from nanochat.server import Pool, Running, Served, Service, build_app
 from server_process import Process, Wire, check_error, endless_model, events, get, post, save, text_of, tokenizer, wait_for
@@ -146,6 +146,24 @@ class Slowly:
         service = Service(self.pool, Served('sft', 'd1', 7, 1, self.pool.limit, 1700000000))
         self.running = Running(build_app(service), service)
         self.url, self.port = self.running.url, int(self.running.url.split(':')[-1])
+
+
+def test_a_reader_who_never_reads_is_let_go(tok, monkeypatch):
+    """After the patience for a client that takes nothing, its answer is dropped and its connection ended; who takes a little is kept."""
+    monkeypatch.setattr(server, 'SEND_SECONDS', .5)
+    s = Slowly(tok, monkeypatch, 0, slots=2)
+    try:
+        with Wire(s.port, receive_buffer=2048) as dead, Wire(s.port, receive_buffer=2048) as slow:
+            for w in (dead, slow): w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000))
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                slow.data += slow.socket.recv(20_000)
+                time.sleep(.02)
+            wait_for(lambda: get(s.url + '/stats')[1]['open_answers'] <= 1)
+            assert slow.read_all().endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n')
+            wait_for(lambda: get(s.url + '/stats')[1]['open_answers'] == 0)
+            assert b'[DONE]' not in dead.read_all()
+    finally: s.running.close()
 
 
 @pytest.mark.parametrize('stream', [True, False])
