@@ -229,7 +229,7 @@ def test_bad_settings():
 EARLY = ['import sys; sys.exit(0)', 'import sys; sys.exit()', 'raise SystemExit', 'exit()', 'import os; os._exit(0)', 'import ctypes; ctypes.CDLL(None)._exit(0)', 'import ctypes; ctypes.CDLL(None).exit(0)',
          'import os; os.kill(os.getpid(), 9)', 'import os; os.kill(os.getpid(), 15)', 'import os; os.abort()', 'import ctypes; ctypes.string_at(0)', 'import threading, os; threading.Thread(target=os._exit, args=(0,)).start(); import time; time.sleep(9)',
          'import atexit, os; atexit.register(os._exit, 0)', 'import sys; sys.settrace(lambda *a: __import__("os")._exit(0)); (lambda: 0)()', 'import signal, os, time; signal.signal(14, lambda *a: os._exit(0)); signal.alarm(1); time.sleep(9)',
-         'print("done")\nimport os; os._exit(0)', 'import os\nfor fd in range(2000):\n  try: os.write(fd, b"done\\ntoken done\\n" + b"0" * 32 + b" done\\n")\n  except OSError: pass\nos._exit(0)',
+         'print("done")\nimport os; os._exit(0)', 'import os\nfor fd in range(2000):\n  try: os.write(fd, b"0" * 32 + b" done\\n")\n  except OSError: pass\nos._exit(0)',
          'import os; os.closerange(0, 70000)', 'import os; os.closerange(0, 70000); os._exit(0)', 'import os; os.close(1); os.dup2(2, 1); os._exit(0)', 'import sys\ntry: sys.exit(0)\nfinally: pass', 'import os; os.execv("/bin/true", ["true"])',
          'import faulthandler; faulthandler._sigsegv()', 'class Liar(SystemExit):\n  def __bool__(self): return False\nraise Liar(0)']
 
@@ -331,7 +331,7 @@ for pid in ('self', 1, 2, os.getppid(), {os.getpid()}):
     result = run(code)
     assert result.success and secret not in result.stdout
     # what the kernel put on the stack at the start stays there, whatever os.environ says: read upwards from the program's name to the end of the stack
-    result = run("import ctypes\np = ctypes.c_void_p.in_dll(ctypes.CDLL(None), 'program_invocation_name').value\nfor i in range(10**5): print(ctypes.string_at(p + 64 * i, 64))")
+    result = run("import ctypes, os\np = ctypes.c_void_p.in_dll(ctypes.CDLL(None), 'program_invocation_name').value\nfor i in range(10**6): os.write(1, ctypes.string_at(p + i, 1))")
     assert 'MALLOC_ARENA_MAX' in result.stdout and secret not in result.stdout
 
 
