@@ -163,7 +163,7 @@ def sampling_of(*values: float | None) -> Sampling:
 EXAMPLES = {  # what the card says: what is asked
     "How many 's' are in 'possession'?": None,
     'What is 37 * 45?': None,
-    "Spell the word 'parrot'.": None,
+    "Spell the word 'garden'.": None,
     'Which function does this: shuffle a list in place?': None,
     'Which of these returns the median: rename, connect, median, shutdown?': 'Which of these does this: return the median of the data?\n- rename\n- connect\n- median\n- shutdown',
     'What can you do?': None,
