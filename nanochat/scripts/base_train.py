@@ -157,7 +157,7 @@ def validation_bpb(model: GPT, tokenizer: RustBPETokenizer, corpus: Corpus, *, s
 # %% ../../nbs/scripts/02_base_train.ipynb #f7d53662
 def samples(model: GPT, tokenizer: RustBPETokenizer, prompts: tuple[str, ...] = PROMPTS, max_tokens: int = 48, temperature: float = 0.8) -> list[dict[str, str]]:
     "One continuation of each prompt, with the same random numbers each time."
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, 'compute')
     ids = [tokenizer.encode(p.rstrip(), prepend=tokenizer.get_bos_token_id()) for p in prompts]
     budget = max(1, min(max_tokens, model.config.sequence_len - max(map(len, ids))))
     found = engine.generate_many(ids, max_tokens=budget, temperature=temperature, top_k=50, seed=42)

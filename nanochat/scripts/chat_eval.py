@@ -246,7 +246,7 @@ def chat_eval(cfg: ChatEvalConfig) -> dict[str, Any]:
     with distributed(device):
         tag = cfg.model_tag or newest_tag(cfg.source)
         model, tokenizer, meta = load_model(cfg.source, device, 'eval', tag, cfg.step)
-        engine, run, scores, samples = Engine(model, tokenizer), run_dir(cfg.source, tag), {}, []
+        engine, run, scores, samples = Engine(model, tokenizer, 'compute'), run_dir(cfg.source, tag), {}, []
         if done := earlier(cfg, names, run, meta):
             print0(f"{cfg.source}/{tag}, step {meta['step']}: marked before with these settings, ChatCORE {done['chat_core']:.3f}; --force marks again")
             return done | dict(skipped=True)

@@ -298,7 +298,7 @@ def prepare(cfg: ChatRLConfig, device: torch.device, tag: str, start: float) -> 
     if stored is not None: cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(cfg) if f.name in stored})
     meta = dict(task=cfg.task, parent=f"{cfg.source}/{tag}", parent_step=parent['step'])
     tasks = make_task(cfg.task, 'train', cfg.train_size), make_task(cfg.task, 'test', cfg.eval_problems)
-    r = RLRun(cfg, run, model, optimizer_of(model, cfg), Engine(model, tokenizer), *tasks, meta)
+    r = RLRun(cfg, run, model, optimizer_of(model, cfg), Engine(model, tokenizer, 'compute'), *tasks, meta)
     if stored is not None: return r, finished(run) is not None
     if cfg.minutes: r.cfg = dataclasses.replace(cfg, num_iterations=updates_within(r, start))
     init_run(run, wanted | dict(num_iterations=r.cfg.num_iterations), tokenizer, device)

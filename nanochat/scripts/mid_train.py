@@ -226,7 +226,7 @@ def chat_samples(model: GPT, tokenizer: RustBPETokenizer, questions: tuple[str, 
     "The answers to a few questions at temperature 0, tool calls included."
     prompts = [tokenizer.render_for_completion({'messages': [user(q), assistant('')]}) for q in questions]
     budget = max(1, min(max_tokens, model.config.sequence_len - max(map(len, prompts))))
-    found = Engine(model, tokenizer).generate_many(prompts, max_tokens=budget, temperature=0.0)
+    found = Engine(model, tokenizer, 'compute').generate_many(prompts, max_tokens=budget, temperature=0.0)
     return [dict(prompt=q + '\n', completion=tokenizer.decode(rows[0][len(p):])) for q, p, (rows, _) in zip(questions, prompts, found)]
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #b0db4a55
