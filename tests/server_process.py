@@ -1,5 +1,5 @@
 """What the server's tests share: two tiny models, a real server process, and plain sockets to be rude with."""
-import contextlib, json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import contextlib, functools, json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 
 import torch
@@ -25,6 +25,13 @@ def tiny_gpt(tok, length=256, seed=0):
 
 
 def tokenizer(): return RustBPETokenizer.train_from_iterator(TEXT, 320)
+
+
+@functools.cache
+def known_by_heart():
+    """(tokenizer, model), learnt once for all tests of a session."""
+    tok = tokenizer()
+    return tok, knowing_model(tok)
 
 
 def knowing_model(tok):

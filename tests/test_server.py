@@ -14,14 +14,13 @@ from nanochat.common import UserError, cli, read_jsonl
 from nanochat.engine import Engine, Scheduler
 from nanochat.scripts.chat_web import ChatWebConfig, add_page, chat_web
 from nanochat.server import APIError, Choice, Cutter, Pool, Running, Served, Service, build_app, content_of, parse_request, parts_of, read_json
-from server_process import PARTS, QUESTION, SAID, Process, Wire, ask, check_error, endless_model, events, free_port, get, knowing_model, post, save, text_of, tokenizer, wait_for
+from server_process import PARTS, QUESTION, SAID, Process, Wire, ask, check_error, endless_model, events, free_port, get, known_by_heart, post, save, text_of, tokenizer, wait_for
 
 
 @pytest.fixture(scope='module')
 def known():
     """(tokenizer, model) with one answer learnt by heart."""
-    tok = tokenizer()
-    return tok, knowing_model(tok)
+    return known_by_heart()
 
 
 @pytest.fixture(scope='module')
@@ -456,7 +455,7 @@ NAMES = st.sampled_from([*server.FIELDS, *server.NEUTRAL, *server.IGNORED, 'othe
 MESSAGE = st.fixed_dictionaries({'role': st.sampled_from(['user', 'assistant', 'system', 'tool']) | JSON, 'content': st.text(max_size=30) | JSON}, optional={'name': JSON, 'parts': JSON, 'tool_calls': JSON})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.dictionaries(NAMES, JSON, max_size=6), st.lists(MESSAGE, max_size=5) | JSON)
 def test_any_json_is_a_request_or_an_error(body, messages):
     """Nothing else comes out of the checks, and what passes is within all limits and can be rendered."""
@@ -519,7 +518,7 @@ def test_schema_attacks(web):
     answered = set()
     for operation in (r.ok() for r in schema.get_all_operations()):
         for mode in modes if operation.body else modes[:1]:
-            @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(operation.as_strategy(generation_mode=mode))
             def attack(case):
                 response = case.call()

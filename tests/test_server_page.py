@@ -5,13 +5,13 @@ import pytest
 
 pytest.importorskip('gradio', reason='gradio is not installed')
 
-from server_process import PARTS, QUESTION, SAID, Process, ask, check_error, get, knowing_model, post, save, tokenizer, wait_for
+from server_process import PARTS, QUESTION, SAID, Process, ask, check_error, get, known_by_heart, post, save
 
 
 @pytest.fixture(scope='module')
 def web(tmp_path_factory):
-    tok, base = tokenizer(), tmp_path_factory.mktemp('served')
-    save(base, knowing_model(tok), tok)
+    (tok, model), base = known_by_heart(), tmp_path_factory.mktemp('served')
+    save(base, model, tok)
     with Process(base, page=True) as p: yield p
 
 
