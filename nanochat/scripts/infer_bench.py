@@ -233,7 +233,7 @@ def known_bandwidth(name: str) -> float | None:
     if words & {'ti', 'super', 'laptop', 'd', 'mig'}: return None  # other speeds under nearly the same names
     return next((1e9 * gb for key, gb in BANDWIDTH.items() if set(key.split()) <= words), None)
 
-def stream_bandwidth(megabytes: int = 128, turns: int = 4) -> dict[str, float]:
+def stream_bandwidth(megabytes: int = 128, turns: int = 10) -> dict[str, float]:
     "Bytes per second of a copy and of a triad between tensors of so many megabytes, the best of some turns."
     a, b, c = (torch.ones(megabytes * 2**18) for _ in range(3))
     work, best = {'copy': (lambda: a.copy_(b), 2), 'triad': (lambda: torch.add(b, c, alpha=2, out=a), 3)}, {'copy': 0.0, 'triad': 0.0}
@@ -512,7 +512,7 @@ def figure(r: dict[str, Any]) -> Any:
         right.plot([row['rows'] for row in rows], [row['bytes_per_s'][n] / 1e9 for row in rows], marker='o', label=n)
     if bus := r['bandwidth']['bytes_per_s']: right.axhline(bus / 1e9, color='grey', ls=':', label=f"device, {r['bandwidth']['source']}")
     left.set(title='decode', xlabel='rows', ylabel='tokens/s', xscale='log', yscale='log')
-    right.set(title='bandwidth of a step', xlabel='rows', ylabel='GB/s', xscale='log', ylim=(0, None))
+    right.set(title='bandwidth of a step', xlabel='rows', ylabel='GB/s', xscale='log', yscale='log')
     for ax in (left, right):
         ax.set_xticks([row['rows'] for row in rows], [str(row['rows']) for row in rows])
         ax.minorticks_off()
