@@ -81,7 +81,7 @@ def next_token_odds(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     elif top_p and top_p < 1: logits, ids = torch.sort(logits, descending=True)
     logits = logits.float()
     if softcap: logits = softcap * torch.tanh(logits / softcap)
-    probs = torch.softmax(logits / temperature, dim=-1)
+    probs = torch.softmax(logits / max(temperature, 1e-6), dim=-1)  # below that, the quotient would be infinite
     if top_p and top_p < 1:
         before = probs.cumsum(-1) - probs          # the share of all better tokens
         probs = probs.masked_fill(before >= top_p, 0.0)
@@ -101,6 +101,7 @@ def pick(logits: Tensor, u: Tensor | None, temperature: float = 1.0, top_k: int 
 def check_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> None:
     "Raise `UserError` for settings without meaning, nan among them."
     if not 0 <= temperature < float('inf'): raise UserError(f'temperature {temperature} is not a number from 0 up; use 0 for the most likely token, up to 2')
+    if top_k is not None and top_k != int(top_k): raise UserError(f'top_k {top_k} is not a whole number; use 0 to consider every token')
     if top_k is not None and top_k < 0: raise UserError(f'top_k {top_k} is negative; use 0 to consider every token')
     if top_p is not None and not 0 < top_p <= 1: raise UserError(f'top_p {top_p} is not above 0 and at most 1; use 1 to consider every token')
 
@@ -276,6 +277,7 @@ def check_request(model: Any, tokens: list[int], max_tokens: int | None, limit: 
     if vocab and not 0 <= min(tokens) <= max(tokens) < vocab: raise UserError(f'the prompt has a token outside 0 to {vocab - 1}; encode it with this model\'s own tokenizer')
     if len(tokens) >= limit:
         raise UserError(f'the prompt has {len(tokens)} tokens, and this model reads at most {limit} with the answer included; shorten it to {limit - 1} or fewer')
+    if max_tokens is not None and max_tokens != int(max_tokens): raise UserError(f'max_tokens {max_tokens} is not a whole number; give 1 or more, or leave it out for no limit')
     if max_tokens is not None and max_tokens < 1: raise UserError(f'max_tokens {max_tokens} leaves no room for an answer; give 1 or more, or leave it out for no limit')
     room = limit - len(tokens)
     return room if max_tokens is None else min(max_tokens, room)
@@ -372,23 +374,23 @@ class Rows:
         self.drawn: list[tuple[Tensor, Arriving]] = []  # tokens drawn and not handed out: on the device, and on their way; in the order of `rows`
 
     free = property(lambda self: self.slots - len(self.rows), doc='How many slots are free.')
-    def __del__(self): self.cache.idle = True  # a runner may hand the same memory out again
+    def __del__(self):
+        if hasattr(self, 'cache'): self.cache.idle = True  # a runner may hand the same memory out again
 
     def admit(self, cache: Any, logits: Tensor, rows: list[Row]) -> None:
         "Take in rows whose prompts `cache` has read: one or several for each of its rows; logits (its rows, V)."
         copies = len(rows) // len(logits)
+        drawn = self._drawn(logits.repeat_interleave(copies, dim=0) if copies > 1 else logits, rows)  # what fails, fails before anything has changed
         self.cache.admit(cache, copies)
-        self.rows = self.rows + rows
-        self._draw(logits.repeat_interleave(copies, dim=0) if copies > 1 else logits, rows)
+        self.rows, self.drawn = self.rows + rows, self.drawn + [drawn]
 
-    def _draw(self, logits: Tensor, rows: list[Row]) -> None:
+    def _drawn(self, logits: Tensor, rows: list[Row]) -> tuple[Tensor, Arriving]:
         tokens = draw_tokens(logits, rows, self.runner.softcap)
-        self.drawn.append((tokens, Arriving(tokens)))
+        return tokens, Arriving(tokens)
 
     def _feed(self, ids: Tensor) -> None:
         logits = self.runner.step(ids, self.cache, max(r.length for r in self.rows) + self.ahead)
-        self.drawn = []
-        self._draw(logits, self.rows)
+        self.drawn = [self._drawn(logits, self.rows)]
 
 # %% ../nbs/12_engine.ipynb #84964b9c
 class Batch(Rows):
