@@ -9,9 +9,9 @@ __all__ = ['SKIPPED_FOLDERS', 'HUB', 'SUFFIXES', 'SEED', 'ROW_GROUP', 'SHARD_BYT
            'own_files', 'read_documents', 'document_key', 'shuffled', 'nbytes', 'first_bytes', 'cut_document',
            'split_validation', 'write_shard', 'in_shards', 'Documents', 'Corpus', 'fingerprint', 'corpus_name',
            'find_corpus', 'open_corpus', 'write_corpus', 'RemoteFile', 'content_digest', 'is_file', 'Transient',
-           'hub_trouble', 'patiently', 'hub_files', 'receive', 'check_size_and_digest', 'place', 'partial_path',
-           'fetch_file', 'present_bytes', 'download', 'inspect_shard', 'HubManifest', 'check_shards', 'hub_listing',
-           'hub_jobs', 'sole', 'download_corpus', 'in_background', 'existing_corpus', 'require_memory',
+           'Missing', 'hub_trouble', 'patiently', 'hub_files', 'receive', 'check_size_and_digest', 'place',
+           'partial_path', 'fetch_file', 'present_bytes', 'download', 'inspect_shard', 'HubManifest', 'check_shards',
+           'hub_listing', 'hub_jobs', 'sole', 'download_corpus', 'in_background', 'existing_corpus', 'require_memory',
            'source_documents', 'prepare_corpus', 'DatasetConfig', 'prepare', 'report_corpus', 'main']
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
@@ -409,13 +409,16 @@ _DISK = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used
 class Transient(Exception):
     "Something that may work when tried again."
 
+class Missing(UserError):
+    "The hub has no such dataset, branch, folder or file."
+
 def hub_trouble(e: Exception, what: str) -> Exception:
     "What an exception of a transfer means: `Transient` where another try may help, a `UserError` where a person must act, else itself."
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     if isinstance(e, (UserError, Transient)): return e
     if status in (408, 429) or (status or 0) >= 500: return Transient(f'the hub answered {status}')
     if status in (401, 403): return UserError(f'the hub does not give {what} to just anyone (it answered {status}): accept its terms on its page if it has any, then type: hf auth login')
-    if status: return UserError(f'the hub has no {what} (it answered {status}); check the name, or HF_ENDPOINT if it points to a mirror')
+    if status: return Missing(f'the hub has no {what} (it answered {status}); check the name, or HF_ENDPOINT if it points to a mirror')
     if type(e).__name__ == 'OfflineModeIsEnabled': return UserError(f'{what} must be downloaded, and HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE')
     if getattr(e, 'errno', None) in _DISK: return UserError(f'cannot write {what}: {_DISK[e.errno]}; free some space or set NANOCHAT_BASE_DIR to another disk, then run the same command: what is here is kept')
     network = isinstance(e, OSError) or type(e).__module__.split('.')[0] in ('httpx', 'httpx2', 'httpcore', 'httpcore2')
