@@ -52,7 +52,7 @@ def config(request, status):
 
 @pytest.fixture
 def run(config):
-    def run(code, timeout=3.0, **settings):
+    def run(code, timeout=15.0, **settings):
         return execute_code(code, timeout, i_understand=config == 'room only', lacking=CONFIGS[config][0], **settings)
     return run
 
@@ -60,7 +60,7 @@ def run(config):
 @pytest.fixture
 def run_many(config):
     """Several attacks at a time, as {code: result}: most of their time they wait."""
-    def run(codes, timeout=3.0):
+    def run(codes, timeout=15.0):
         return dict(zip(codes, execute_many(codes, 6, timeout, i_understand=config == 'room only', lacking=CONFIGS[config][0]), strict=True))
     return run
 
@@ -161,7 +161,7 @@ def test_only_four_descriptors_are_open(run):
     """Input, output, errors, and one of a random number; it is not where the next `open` would look."""
     seen = set()
     for _ in range(3):
-        result = run('import os\nfor fd in range(70000):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass')
+        result = run('import os\nfor fd in range(2000):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass')
         assert result.success and result.stdout.split()[:3] == ['0', '1', '2'] and len(result.stdout.split()) == 4
         seen.add(int(result.stdout.split()[3]))
     assert len(seen) > 1 and min(seen) >= 100
