@@ -12,10 +12,11 @@ __all__ = ['SKIPPED_FOLDERS', 'HUB', 'SUFFIXES', 'SEED', 'ROW_GROUP', 'SHARD_BYT
            'Missing', 'hub_trouble', 'patiently', 'hub_files', 'receive', 'check_size_and_digest', 'place',
            'partial_path', 'fetch_file', 'present_bytes', 'download', 'inspect_shard', 'HubManifest', 'check_shards',
            'hub_listing', 'hub_jobs', 'sole', 'download_corpus', 'in_background', 'existing_corpus', 'require_memory',
-           'source_documents', 'prepare_corpus', 'DatasetConfig', 'prepare', 'report_corpus', 'main']
+           'source_documents', 'prepare_corpus', 'Buckets', 'text_bytes', 'spread', 'train_and_val', 'RepackageConfig',
+           'check_repackage', 'write_shards', 'repackage', 'report_corpus', 'DatasetConfig', 'prepare', 'main']
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
-import contextlib, errno, hashlib, importlib, importlib.util, inspect, io, json, os, queue, random, re, subprocess, sys, sysconfig, threading, time, tokenize, warnings
+import contextlib, errno, hashlib, importlib, importlib.util, inspect, io, json, os, queue, random, re, shutil, subprocess, sys, sysconfig, threading, time, tokenize, warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,36 +121,36 @@ def valid_text(text: str, where: str, errors: str) -> str:
     return text
 
 # %% ../nbs/02_dataset.ipynb #5fed1adb
-def text_field(line: str, where: str) -> str:
-    "The string field `text` of a JSON object. Raises `UserError` when `line` is something else."
+def text_field(line: str, where: str, column: str = 'text') -> str:
+    "The string field `column` of a JSON object. Raises `UserError` when `line` is something else."
     try: row = json.loads(line)
     except json.JSONDecodeError as e: raise UserError(f'{where} is not JSON: {e.msg} at column {e.colno}') from e
-    text = row.get('text') if isinstance(row, dict) else None
+    text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         has = ', '.join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where} has no text: expected an object with a string field 'text', found {has or 'an empty one'}")
+        raise UserError(f"{where} has no text: expected an object with a string field '{column}', found {has or 'an empty one'}")
     return text
 
 # %% ../nbs/02_dataset.ipynb #c62e771c
-def read_jsonl_texts(path: Path, errors: str = 'strict') -> Iterator[str]:
-    "The field `text` of every line. Raises `UserError` with the line number where there is none."
+def read_jsonl_texts(path: Path, errors: str = 'strict', column: str = 'text') -> Iterator[str]:
+    "The field `column` of every line. Raises `UserError` with the line number where there is none."
     offset = 0
     with open(path, 'rb') as f:
         for n, raw in enumerate(f, 1):
             line, offset = decode_utf8(raw, path.name, errors, offset).strip(), offset + len(raw)
             if not line: continue
-            yield valid_text(text_field(line, where := f'line {n} of {path.name}'), where, errors)
+            yield valid_text(text_field(line, where := f'line {n} of {path.name}', column), where, errors)
 
 # %% ../nbs/02_dataset.ipynb #5f933cb3
-def read_parquet_texts(path: Path) -> Iterator[str]:
-    "The column `text` of a parquet file, row by row; nulls are left out."
+def read_parquet_texts(path: Path, column: str = 'text') -> Iterator[str]:
+    "One column of a parquet file, row by row; nulls are left out."
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as f:
-            kind = f.schema_arrow.field('text').type if 'text' in f.schema_arrow.names else None
+            kind = f.schema_arrow.field(column).type if column in f.schema_arrow.names else None
             if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(f"{path.name} has no string column 'text' (it has: {', '.join(f.schema_arrow.names)}); rename one of them")
-            for batch in f.iter_batches(columns=['text'], batch_size=1024):
+                raise UserError(f"{path.name} has no string column '{column}' (it has: {', '.join(f.schema_arrow.names)}); rename one of them")
+            for batch in f.iter_batches(columns=[column], batch_size=1024):
                 yield from (t for t in batch.column(0).to_pylist() if t is not None)
     except (pa.ArrowInvalid, UnicodeDecodeError) as e: raise UserError(f'{path.name} is not a readable parquet file: {e}') from e
 
@@ -169,21 +170,21 @@ def own_files(source: Path | str) -> list[Path]:
     return files
 
 # %% ../nbs/02_dataset.ipynb #92342caf
-def read_documents(path: Path, errors: str = 'strict') -> Iterator[str]:
-    "The documents of one file, by its suffix. Raises `UserError` for one that cannot be read."
+def read_documents(path: Path, errors: str = 'strict', column: str = 'text') -> Iterator[str]:
+    "The documents of one file, by its suffix; `column` is where a table has its texts. Raises `UserError` for one that cannot be read."
     kind = path.suffix.lower()
     try:
-        if kind == '.parquet': yield from read_parquet_texts(path)
-        elif kind == '.jsonl': yield from read_jsonl_texts(path, errors)
+        if kind == '.parquet': yield from read_parquet_texts(path, column)
+        elif kind == '.jsonl': yield from read_jsonl_texts(path, errors, column)
         else: yield decode_utf8(path.read_bytes(), path.name, errors)
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror or e}') from e
 
 # %% ../nbs/02_dataset.ipynb #f2107e82
 SEED = b'nanochat'
 
-def document_key(text: str) -> bytes:
+def document_key(text: str, seed: bytes = SEED) -> bytes:
     "Where a document stands in the shuffled order: a hash of its content and a fixed seed."
-    return hashlib.sha256(SEED + text.encode('utf8')).digest()
+    return hashlib.sha256(seed + text.encode('utf8')).digest()
 
 def shuffled(documents: Iterable[str]) -> list[str]:
     "The documents in an order that only their contents decide, each once, blank ones left out."
@@ -232,11 +233,11 @@ def split_validation(documents: Sequence[str], fraction: float) -> tuple[list[st
 ROW_GROUP = 64  # documents read at a time: small, so that looking up one document is cheap
 SHARD_BYTES = 8_000_000  # of text, at least; large corpora get larger shards
 
-def write_shard(path: Path, texts: list[str]) -> dict[str, Any]:
-    "Write one parquet shard; returns its entry in the manifest."
+def write_shard(path: Path, texts: list[str], row_group: int = ROW_GROUP) -> dict[str, Any]:
+    "Write one parquet shard with `row_group` documents to a group; returns its entry in the manifest."
     import pyarrow as pa, pyarrow.parquet as pq
     table = pa.table({'text': pa.array(texts, pa.large_string() if sum(map(len, texts)) > 2**29 else pa.string())})
-    pq.write_table(table, path, row_group_size=ROW_GROUP, compression='zstd', use_dictionary=False)
+    pq.write_table(table, path, row_group_size=row_group, compression='zstd', use_dictionary=False)
     return dict(file=path.name, rows=len(texts), bytes=sum(map(nbytes, texts)), file_bytes=path.stat().st_size, sha256=sha256_file(path))
 
 # %% ../nbs/02_dataset.ipynb #556020bf
@@ -718,6 +719,145 @@ def prepare_corpus(source: str | Path = 'stdlib', *, max_bytes: int | None = Non
     return write_corpus(name, train, val, dict(source=source, fingerprint=mark, **settings))
 
 # %% ../nbs/02_dataset.ipynb #6249113a
+class Buckets:
+    "Documents on their way into another order, in `count` files by the first bits of their key; `memory` bytes of them wait here before they are written."
+    def __init__(self, folder: Path, count: int, memory: int):
+        folder.mkdir()
+        self.folder, self.memory, self.size, self.waiting = folder, memory, 0, [[] for _ in range(count)]
+
+    def add(self, key: bytes, text: str) -> None:
+        "Put a document with a key of 32 bytes into its bucket."
+        raw = text.encode('utf8')
+        self.waiting[int.from_bytes(key[:4], 'big') * len(self.waiting) >> 32].append(key + len(raw).to_bytes(8, 'little') + raw)
+        self.size += len(raw) + 120  # and what Python needs for an object
+        if self.size > self.memory: self.flush()
+
+    def flush(self) -> None:
+        "Write what waits."
+        for i, records in enumerate(self.waiting):
+            if not records: continue
+            with open(self.folder/f'{i:05d}', 'ab') as f: f.writelines(records)
+            records.clear()
+        self.size = 0
+
+    def _records(self, i: int, texts: bool) -> dict[bytes, Any]:
+        "Of bucket i, the text (or only its length) by key: copies fall together."
+        found = {}
+        if not (path := self.folder/f'{i:05d}').exists(): return found
+        with open(path, 'rb') as f:
+            while head := f.read(40):
+                n = int.from_bytes(head[32:], 'little')
+                found[head[:32]] = f.read(n) if texts else n
+                if not texts: f.seek(n, os.SEEK_CUR)
+        return found
+
+    def total(self) -> tuple[int, int]:
+        "How many different documents there are, and how many bytes of text."
+        lengths = [self._records(i, False).values() for i in range(len(self.waiting))]
+        return sum(map(len, lengths)), sum(map(sum, lengths))
+
+    def __iter__(self) -> Iterator[str]:
+        for i in range(len(self.waiting)):
+            bucket = self._records(i, True)
+            for key in sorted(bucket): yield bucket.pop(key).decode('utf8')
+
+# %% ../nbs/02_dataset.ipynb #13f21beb
+def text_bytes(files: Sequence[Path], column: str = 'text') -> int:
+    "About how much text some files hold: what parquet files say of themselves, for others their size. Raises `UserError`."
+    import pyarrow as pa, pyarrow.parquet as pq
+    def size(f: Path) -> int:
+        if f.suffix.lower() != '.parquet': return f.stat().st_size
+        try: meta = pq.read_metadata(f)
+        except (pa.ArrowException, OSError) as e: raise UserError(f'{f.name} is not a readable parquet file: {e}') from e
+        groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+        columns = [g.column(c) for g in groups for c in range(g.num_columns)]
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
+    return sum(map(size, files))
+
+def spread(files: Sequence[Path], buckets: Buckets, seed: bytes, errors: str, column: str) -> None:
+    "Read every document of some files into buckets."
+    with Progress(sum(f.stat().st_size for f in files), 'reading', 'B') as bar:
+        for f in files:
+            for text in read_documents(f, errors, column):
+                if text.strip(): buckets.add(document_key(text, seed), text)
+            bar.update(f.stat().st_size)
+    buckets.flush()
+
+# %% ../nbs/02_dataset.ipynb #f9ee66f5
+def train_and_val(documents: Iterable[str], count: int, train_bytes: int) -> tuple[Iterator[str], Iterator[str]]:
+    "A stream of `count` documents as two: about `train_bytes` of text, at least one document, and the rest, at least one. Read the first to its end before the second."
+    stream = iter(documents)
+    def train() -> Iterator[str]:
+        done = 0
+        for n, text in enumerate(stream, 1):
+            done += nbytes(text)
+            yield text
+            if done >= train_bytes or n == count - 1: return
+    return train(), stream
+
+# %% ../nbs/02_dataset.ipynb #742637a9
+@dataclass
+class RepackageConfig:
+    "Turn texts of any size into shuffled parquet shards shaped like the hub's corpora, in bounded memory; the last shard is validation."
+    source: str  # a .txt, .md, .jsonl or .parquet file, or a folder of them
+    out: str  # name of the new corpus: what to give to tok_train and base_train as --corpus
+    column: str = 'text'  # column of the parquet files, field of the jsonl lines
+    seed: int = 0  # another seed, another order
+    shard_bytes: int = 250_000_000  # text in a shard; compressed about 100 MB
+    row_group: int = 1024  # documents that are read at a time
+    val_fraction: float = 0.02  # validation is this share of the text, or one shard if that is less
+    memory: int = 1_000_000_000  # bytes of text held at a time; a shard's worth comes besides
+    errors: str = 'strict'  # invalid UTF-8: 'strict' stops, 'replace' puts a mark there, 'ignore' drops it
+    force: bool = False  # make it again even if it is there
+
+def check_repackage(cfg: RepackageConfig) -> None:
+    "Raise `UserError` for settings that cannot be."
+    if not re.fullmatch(r'\w[\w.-]*', cfg.out) or cfg.out == 'stdlib' or cfg.out in HUB: raise UserError(f"'{cfg.out}' cannot be the name of a new corpus; give --out a word of letters, digits, '-' and '_' other than {', '.join(['stdlib', *HUB])}")
+    low = [n for n, least in (('shard_bytes', 1), ('row_group', 1), ('memory', 1_000_000)) if getattr(cfg, n) < least]
+    if low: raise UserError(f'{low[0]} {getattr(cfg, low[0])} is too small; leave out --{low[0].replace("_", "-")} for the usual one')
+    _check(cfg.source, None, cfg.val_fraction, cfg.errors)
+
+def write_shards(part: Path, buckets: Buckets, cfg: RepackageConfig) -> list[dict[str, Any]]:
+    "The documents of the buckets, in order, as `shard_00000.parquet` and so on below `part`; returns their entries in the manifest."
+    count, total = buckets.total()
+    if count < 2: raise UserError(f"'{cfg.source}' holds {count} different documents, too few to hold one out; give it as it is: python -m nanochat.dataset {cfg.source}")
+    train_bytes = total - min(cfg.shard_bytes, int(cfg.val_fraction * total))
+    train, val = train_and_val(buckets, count, train_bytes)
+    size, entries = -(-train_bytes // -(-train_bytes // cfg.shard_bytes)), []  # the shards are of one size
+    with Progress(total, f'writing {cfg.out}', 'B') as bar:
+        for split, shards in (('train', in_shards(train, size)), ('val', in_shards(val, total))):
+            for texts in shards:
+                entries.append(dict(split=split) | write_shard(part/f'shard_{len(entries):05d}.parquet', texts, cfg.row_group))
+                bar.update(entries[-1]['bytes'])
+    return entries
+
+def repackage(cfg: RepackageConfig) -> Corpus:
+    "Make a corpus of shuffled shards from a source of any size; one made before from the same content and settings is recognised. Raises `UserError`."
+    check_repackage(cfg)
+    files, folder = own_files(cfg.source), base_dir()/'corpora'/cfg.out
+    settings = dict(column=cfg.column, seed=cfg.seed, shard_bytes=cfg.shard_bytes, row_group=cfg.row_group, val_fraction=cfg.val_fraction, errors=cfg.errors)
+    mark = fingerprint(files, Path(os.path.commonpath([f.parent for f in files])), **settings)
+    corpus = None if cfg.force else existing_corpus(cfg.out, mark)
+    if corpus is None:
+        total = text_bytes(files, cfg.column)
+        require_space(folder, 2 * total)  # the buckets and, at worst, as much again
+        with atomic_dir(folder) as part:
+            buckets = Buckets(part/'.buckets', max(1, -(-4 * total // cfg.memory)), cfg.memory // 4)
+            spread(files, buckets, f'nanochat {cfg.seed} '.encode(), cfg.errors, cfg.column)
+            manifest = dict(name=cfg.out, source=str(cfg.source), fingerprint=mark, **settings, shards=write_shards(part, buckets, cfg))
+            shutil.rmtree(buckets.folder)
+            (part/'manifest.json').write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf8')
+        corpus = open_corpus(cfg.out)
+    report_corpus(corpus)
+    return corpus
+
+def report_corpus(c: Corpus) -> None:
+    "Print what a corpus holds and where it is."
+    for split in ('train', 'val'):
+        print0(f"{c.name} {split}: {c.rows(split)} documents, {human(c.nbytes(split), 'B')} of text in {len(c.shards(split))} shards")
+    print0(f'in {c.path}')
+
+# %% ../nbs/02_dataset.ipynb #254388b2
 @dataclass
 class DatasetConfig:
     "Prepare a corpus: parquet shards, a manifest, a held-out validation split. To cut files of your own into shards like the hub's: python -m nanochat.dataset repackage --help"
@@ -740,15 +880,10 @@ def prepare(cfg: DatasetConfig) -> Corpus | Path:
     report_corpus(c)
     return c
 
-def report_corpus(c: Corpus) -> None:
-    "Print what a corpus holds and where it is."
-    for split in ('train', 'val'):
-        print0(f"{c.name} {split}: {c.rows(split)} documents, {human(c.nbytes(split), 'B')} of text in {len(c.shards(split))} shards")
-    print0(f'in {c.path}')
-
 def main() -> None:
-    "`python -m nanochat.dataset SOURCE [--max-bytes N]`; the source may also be given as `--source`."
+    "`python -m nanochat.dataset SOURCE [--max-bytes N]` or `repackage SOURCE --out NAME`; the source may also be given as `--source`."
     args = sys.argv[1:]
+    if args[:1] == ['repackage']: cli(RepackageConfig, repackage, ['--source', *args[1:]] if args[1:] and not args[1].startswith('-') else args[1:]); return
     cli(DatasetConfig, prepare, ['--source', *args] if args and not args[0].startswith('-') else args)
 
 # %% ../nbs/02_dataset.ipynb #7c91c253
