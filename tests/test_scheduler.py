@@ -684,22 +684,26 @@ def test_an_engine_that_cannot_begin_says_so(make, what):
     assert all(isinstance(t.error, MemoryError) for t in tickets) and len(tries) <= 3 and s.unfinished() == 0
 
 
-def test_requests_that_arrive_while_the_queue_is_looked_through_do_no_harm(make, monkeypatch):
-    """The thread that looks for cancelled requests may lose the processor at any of them."""
-    class Slow(Ticket):
+def test_a_request_that_arrives_while_the_queue_is_looked_through_does_no_harm(make, monkeypatch):
+    """The thread that looks for cancelled requests may be interrupted at any of them; here it is, by a new one."""
+    arriving, arrived = [], []
+    class Interrupting(Ticket):
         @property
         def cancelled(self):
-            time.sleep(1e-5)
+            if arriving: arrived.append(s.submit([arriving.pop()], max_tokens=3, temperature=0))
             return self.__dict__.get('gone', False)
         @cancelled.setter
         def cancelled(self, value): self.__dict__['gone'] = value
-    monkeypatch.setattr(engine_module, 'Ticket', Slow)
-    s = make(Engine(Echo().eval(), TOK), slots=4, max_waiting=500)
-    tickets = []
-    for i in range(100):
-        tickets.append(s.submit([1 + i], max_tokens=3, temperature=0))
-        time.sleep(1e-4)
-    assert finished(*tickets) == [[(1 + i, 1)] * 3 for i in range(100)]
+    monkeypatch.setattr(engine_module, 'Ticket', Interrupting)
+    watched = Watched(Engine(Echo().eval(), TOK))
+    watched.hold()
+    s = make(watched.engine, slots=1)
+    tickets = [s.submit([1 + i], max_tokens=9, temperature=0) for i in range(5)]
+    watched.allow(3)
+    until(lambda: len(tickets[0].tokens) == 3)
+    arriving.append(99)
+    watched.open()
+    assert finished(*tickets) == [[(1 + i, 1)] * 9 for i in range(5)] and finished(*arrived) == [[(99, 1)] * 3]
 
 
 TWO_THREADS = """
