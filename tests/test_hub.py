@@ -90,3 +90,212 @@ def test_faults_are_survived(hub, base_directory, fault, requests):
     corpus = prepare_corpus('climbmix', shards=2)
     assert final_files(corpus.path) == names(0, 1, LAST) and hub.asked(names(1)[0]) == requests
     assert not list((corpus.path/'.download').glob('*.part'))
+
+
+def test_a_broken_connection_is_continued_not_begun_anew(hub):
+    hub.faults[names(0)[0]] = [('reset', 150_000), ('reset', 120_000)]
+    corpus = prepare_corpus('climbmix', shards=1)
+    starts = [int(r.removeprefix('bytes=').rstrip('-') or 0) for r in hub.asked(names(0)[0])]
+    assert starts[0] == 0 < starts[1] <= 150_000 and starts[1] < starts[2] and final_files(corpus.path) == names(0, LAST)
+
+
+def test_a_silent_server_counts_as_dead(hub, monkeypatch):
+    monkeypatch.setattr(dataset, 'READ_TIMEOUT', .5)
+    hub.faults[names(0)[0]] = [('stall', 100_000, 3)]
+    corpus = prepare_corpus('climbmix', shards=1)
+    assert hub.asked(names(0)[0])[1].startswith('bytes=') and final_files(corpus.path) == names(0, LAST)
+
+
+def test_progress_does_not_use_up_the_tries(hub):
+    """A line that breaks twenty times but moves forward each time gets there."""
+    size = len(SHARDS[names(0)[0]])
+    hub.faults[names(0)[0]] = [('truncate', size // 25)] * 20
+    assert final_files(prepare_corpus('climbmix', shards=1).path) == names(0, LAST) and len(hub.asked(names(0)[0])) == 21
+
+
+@pytest.mark.parametrize('fault, sentence', [
+    (('corrupt', 777), r'shard_00002.parquet could not be downloaded: its bytes do not have the hash that the hub announced .6 tries'),
+    (('status', 500), r'shard_00002.parquet could not be downloaded: the hub answered 500 .6 tries.; check the connection and run the same command: what is here is kept'),
+    (('short', 0), 'the connection ended after 0 of'),
+    (('status', 403), 'does not give shard_00002.parquet to just anyone .it answered 403.*hf auth login'),
+    (('status', 404), 'the hub has no shard_00002.parquet .it answered 404'),
+])
+def test_what_cannot_be_had_is_a_sentence_and_the_rest_is_kept(hub, base_directory, fault, sentence):
+    hub.faults[names(2)[0]] = fault
+    with pytest.raises(UserError, match=sentence): prepare_corpus('climbmix', shards=3)
+    folder = base_directory/'corpora'/'climbmix'
+    assert names(2)[0] not in final_files(folder)
+    if fault != ('status', 403) and fault != ('status', 404): assert final_files(folder) == names(0, 1, LAST)  # one bad file did not stop the others
+    hub.faults.clear()
+    before = len([1 for r in hub.requests if r[0] == 'bytes'])
+    assert final_files(prepare_corpus('climbmix', shards=3).path) == names(0, 1, 2, LAST)
+    assert len([1 for r in hub.requests if r[0] == 'bytes']) - before <= 3
+
+
+def test_shards_that_came_early_wait_for_the_gap_to_close(hub, base_directory):
+    """The corpus is what came in order; a later shard is remembered, not shown and not fetched again."""
+    hub.faults[names(1)[0]] = ('status', 500)
+    with pytest.raises(UserError): prepare_corpus('climbmix', shards=4)
+    assert [p.name for p in open_corpus('climbmix').shards('train')] == names(0) and final_files(base_directory/'corpora'/'climbmix') == names(0, 2, 3, LAST)
+    hub.faults.clear(); hub.requests.clear()
+    assert [p.name for p in prepare_corpus('climbmix', shards=4).shards('train')] == names(0, 1, 2, 3)
+    assert [r[1] for r in hub.requests if r[0] == 'bytes'] == names(1)
+
+
+def test_trouble_with_the_listing(hub, base_directory, monkeypatch):
+    hub.faults['*'] = [('status', 500), ('status', 502)]
+    assert prepare_corpus('climbmix', shards=1).rows('train') == 400
+    hub.add(HUB['fineweb-edu'].repo, {'shard_00000.parquet': SHARDS['shard_00000.parquet']})
+    with pytest.raises(UserError, match='has no shard_01822.parquet.*complete mirror'): prepare_corpus('fineweb-edu', shards=1)
+    monkeypatch.setitem(HUB, 'nobody', HubCorpus('nobody/nothing', 3))
+    with pytest.raises(UserError, match="the hub has no dataset 'nobody/nothing'"): prepare_corpus('nobody', shards=1)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')  # no one listens there
+    with pytest.raises(UserError, match="dataset 'nobody/nothing' could not be downloaded: ConnectError.*3 tries.; check the connection"): prepare_corpus('nobody', shards=1)
+    assert not (base_directory/'corpora'/'nobody').exists() and not (base_directory/'corpora'/'fineweb-edu').exists()
+
+
+def test_bad_requests(hub):
+    for kwargs, sentence in ((dict(shards=LAST + 1), 'has 1 to 6542 for training; the last one is always validation'), (dict(max_bytes=1000), 'instead of max_bytes give a number of shards')):
+        with pytest.raises(UserError, match=sentence): prepare_corpus('climbmix', **kwargs)
+    with pytest.raises(UserError, match='only a corpus of the hub has a number of shards'): prepare_corpus('stdlib', shards=3)
+    assert not hub.requests
+
+
+def test_a_shard_that_is_no_parquet_or_has_no_text(hub):
+    hub.add(WEB, {**SHARDS, 'shard_00000.parquet': b'PAR1 nothing else'})
+    with pytest.raises(UserError, match='shard_00000.parquet is not a readable parquet file'): prepare_corpus('climbmix', shards=1)
+    out = io.BytesIO(); pq.write_table(pa.table({'content': ['x']}), out)
+    hub.add(HUB['fineweb-edu'].repo, {'shard_00000.parquet': out.getvalue(), 'shard_01822.parquet': SHARDS['shard_00001.parquet']})
+    with pytest.raises(UserError, match="shard_00000.parquet has no column 'text' .it has: content"): prepare_corpus('fineweb-edu', shards=1)
+
+
+def test_the_commit_is_pinned(hub):
+    """The data moves on at the hub; a corpus that was begun is finished from the version that it was begun with."""
+    begun = prepare_corpus('climbmix', shards=1)
+    hub.add(WEB, {k: shard(999) for k in SHARDS})
+    more = prepare_corpus('climbmix', shards=2)
+    assert more.manifest['commit'] == begun.manifest['commit'] and final_files(more.path) == names(0, 1, LAST)
+
+
+def test_force_replaces_what_is_damaged_and_nothing_else(hub):
+    corpus = prepare_corpus('climbmix', shards=3)
+    raw = bytearray(SHARDS[names(1)[0]]); raw[5000] ^= 1
+    corpus.shards('train')[1].write_bytes(raw)
+    assert prepare_corpus('climbmix', shards=3).damaged() == names(1)  # sizes agree: only hashing shows it
+    hub.requests.clear()
+    assert not prepare_corpus('climbmix', shards=3, force=True).damaged() and [r[1] for r in hub.requests if r[0] == 'bytes'] == names(1)
+    corpus.shards('train')[0].unlink()
+    with pytest.raises(UserError, match='lacks shard_00000.parquet; run: python -m nanochat.dataset climbmix'): open_corpus('climbmix')
+    assert final_files(prepare_corpus('climbmix').path) == names(0, 1, 2, LAST)
+
+
+def test_a_lost_manifest_is_made_again_from_what_is_there(hub):
+    corpus = prepare_corpus('climbmix', shards=2)
+    (corpus.path/'manifest.json').write_text('{"torn')
+    hub.requests.clear()
+    assert prepare_corpus('climbmix', shards=2).manifest == corpus.manifest and not [r for r in hub.requests if r[0] == 'bytes']
+
+
+def test_files_come_at_the_same_time(hub):
+    together, most, lock = [0], [0], threading.Lock()
+    fetch = dataset.receive
+    def watched(*args):
+        with lock: together[0] += 1; most[0] = max(most[0], together[0])
+        time.sleep(.1)
+        try: return fetch(*args)
+        finally:
+            with lock: together[0] -= 1
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(dataset, 'receive', watched)
+        download_corpus('climbmix', 7, workers=4)
+    assert most[0] == 4
+
+
+# Disks that fill up -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A disk of 1 MB as base directory, where this machine lets us make one."""
+    place = tmp_path/'disk'; place.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(place)], capture_output=True, text=True) if sys.platform == 'linux' else None
+    if not done or done.returncode: pytest.skip('a small disk cannot be mounted here: ' + (done.stderr.strip() if done else sys.platform))
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(place))
+    yield place
+    subprocess.run(['umount', str(place)], check=True)
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, small_disk):
+    with pytest.raises(UserError, match='this needs .* of disk and only .* are free'): prepare_corpus('climbmix', shards=3)
+    assert not [r for r in hub.requests if r[0] == 'bytes']
+
+
+def test_a_disk_that_fills_up(hub, small_disk, monkeypatch):
+    monkeypatch.setattr(dataset, 'require_space', lambda *a: None)  # the others took the space after we looked
+    with pytest.raises(UserError, match='cannot write shard_.*: the disk is full; free some space.*run the same command: what is here is kept'): prepare_corpus('climbmix', shards=3)
+    final_files(small_disk/'corpora'/'climbmix')
+
+
+def test_no_space_left_in_mid_file(hub, base_directory, monkeypatch):
+    """The same without a small disk: writing fails after 100 kB, as it does when the disk is full."""
+    real = open
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > 100_000: raise OSError(errno.ENOSPC, 'No space left on device')
+            return super().write(data)
+    monkeypatch.setattr(dataset, 'open', lambda p, mode='r', *a, **k: Full(p, mode) if str(p).endswith('.part') and mode in ('ab', 'wb') else real(p, mode, *a, **k), raising=False)
+    with pytest.raises(UserError, match='the disk is full'): prepare_corpus('climbmix', shards=2)
+    assert final_files(base_directory/'corpora'/'climbmix') == []
+    monkeypatch.delattr(dataset, 'open')
+    hub.requests.clear()
+    assert final_files(prepare_corpus('climbmix', shards=2).path) == names(0, 1, LAST)
+    assert any(r for kind, p, r in hub.requests if kind == 'bytes'), 'what was written before the disk was full is not fetched again'
+
+
+# Processes ----------------------------------------------------------------------------------------------------------
+
+def command(*args, **env): return dict(args=[sys.executable, '-m', 'nanochat.dataset', *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=40):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'this did not happen in time'
+        time.sleep(.05)
+
+
+def test_kill_and_resume_and_two_at_once(hub, base_directory):
+    """A process is killed in the middle of a file; then two at once go on, and between them fetch every byte once."""
+    folder, env = base_directory/'corpora'/'climbmix', environment(hub, NANOCHAT_BASE_DIR=str(base_directory))
+    hub.faults[names(1)[0]] = [('slow', 40_000)]
+    victim = subprocess.Popen(**command('climbmix', '--shards', '2', **env))
+    wait_for(lambda: any(p.stat().st_size > 10_000 for p in folder.glob('.download/shard_00001*.part')) and (folder/names(LAST)[0]).exists() and (folder/names(0)[0]).exists())
+    victim.send_signal(signal.SIGKILL); victim.communicate()
+    assert victim.returncode == -signal.SIGKILL and names(1)[0] not in final_files(folder)
+    (part,) = folder.glob('.download/shard_00001*.part')
+    arrived, hub.requests[:] = part.stat().st_size, []
+    pair = [subprocess.Popen(**command('climbmix', '--shards', n, **env)) for n in ('2', '4')]
+    for p in pair:
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == 0, err
+        assert 'climbmix val: 400 documents' in out
+    fetched = [(p, r) for kind, p, r in hub.requests if kind == 'bytes']
+    assert sorted(p for p, _ in fetched) == names(1, 2, 3) and dict(fetched)[names(1)[0]] == f'bytes={arrived}-'
+    assert final_files(folder) == names(0, 1, 2, 3, LAST) and not list(folder.glob('.download/*.part'))
+
+
+def test_in_the_background(hub, base_directory):
+    env = environment(hub, NANOCHAT_BASE_DIR=str(base_directory))
+    started = subprocess.run(**{**command('climbmix', '--shards', '3', '--background', **env), 'stdout': None, 'stderr': None}, capture_output=True)
+    assert started.returncode == 0, started.stderr
+    assert 'tail -f' in started.stdout and 'download.log' in started.stdout and 'python -m nanochat.dataset climbmix --shards 3' in started.stdout
+    wait_for(lambda: (base_directory/'corpora'/'climbmix'/'manifest.json').exists() and len(open_corpus('climbmix').shards('train')) == 3)
+    log = base_directory/'corpora'/'climbmix'/'download.log'
+    wait_for(lambda: 'climbmix train: 1200 documents' in log.read_text())
+    assert 'downloading climbmix' in log.read_text() and 'Traceback' not in log.read_text()
+
+
+def test_offline_says_what_to_type(base_directory):
+    done = subprocess.run([sys.executable, '-m', 'nanochat.dataset', 'climbmix', '--background'], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().endswith('HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE') and 'Traceback' not in done.stderr
+    with pytest.raises(UserError, match="no corpus 'climbmix' yet; run: python -m nanochat.dataset climbmix"): open_corpus('climbmix')
+    assert not (base_directory/'corpora').exists()
