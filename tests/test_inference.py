@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 import nanochat.inference as inference
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, SOFTCAP
-from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, RingMemory, linear_forms, reach, ring_size, runner_for, works
+from nanochat.gpt import SOFTCAP
+from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, Reach, RingMemory, attend, linear_forms, reach, ring_size, runner_for, works
 from test_engine import random_gpt
 
 CPU = torch.device('cpu')
@@ -237,6 +237,19 @@ def test_step_reach_equals_reach(window, known, heads, groups):
     assert (slow.bias == 0).sum(-1).unique().tolist() == sorted({min(p, window) + 1 for p in known}), 'a query sees itself and its window'
 
 
+@few(25)
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=4), st.sampled_from([1, 2, 64, 65]), st.integers(1, 3), st.integers(1, 3), st.sampled_from([64, 256]), st.integers(0, 99))
+def test_attention_of_a_gpu_equals_that_of_a_cpu(before, T, heads, groups, window, seed):
+    """The fused kernel behind a mask and the two products with a bias, on the same places."""
+    memory, g = RingMemory([window], 4, 1000, heads, 8, CPU, torch.float32, 0), torch.Generator().manual_seed(seed)
+    pos = torch.tensor(before)[:, None] + torch.arange(T)
+    where = reach(memory, window, memory.rings[0], pos, max(before) + T, groups)
+    B, L = len(before), where.seen.shape[-1]
+    q, k, v = torch.randn(B * T, heads * groups, 8, generator=g), *torch.randn(2, B * heads, L, 8, generator=g)
+    masked = attend(q, k, v, Reach(where.at, None, where.seen), 1.5, T)
+    torch.testing.assert_close(attend(q, k, v, where, 1.5, T), masked, atol=1e-5, rtol=1e-4)
+
+
 def test_rings_are_as_long_as_needed_and_no_longer():
     for window in (1, 64, 127, 128, 1000):
         for length in (1, 64, 65, 700, 5000):
@@ -343,11 +356,10 @@ def test_rows_of_zeros_give_no_nan(monkeypatch, dtype, weights):
         slots = run.slots(2, 64)
         for text in ([5], [5, 5, 1, 5]):
             cache, z = read(run, text, 64)
-            assert z.isfinite().all()
+            assert z.isfinite().all() and (model is not zeros or z.eq(0).all())
             slots.admit(cache)
         with torch.inference_mode():
             for i in range(3): assert run.step(torch.tensor([5, i]), slots, 5 + i).isfinite().all()
-    assert (z == z[0]).all() or model is not zeros
 
 
 # --- the public project's own numbers --------------------------------------------------------------------------------
@@ -391,9 +403,9 @@ def test_int8_mostly_agrees_on_a_trained_model(shared_data, monkeypatch):
 def test_graphs_equal_eager_steps_on_a_gpu(monkeypatch, dtype):
     """Recorded steps against the same steps run one by one, with rows that come, go and move; each run twice, so that recordings are used again."""
     monkeypatch.setenv('NANOCHAT_DTYPE', dtype)
-    with torch.device('cuda'): torch.set_default_device('cuda')
+    model = random_gpt().to('cuda')
+    torch.set_default_device('cuda')   # of the ids that `Company` makes
     try:
-        model = random_gpt().to('cuda')
         graphed, eager = runner_for(model), CachedGPT(model)
         assert type(graphed) is not CachedGPT
         for _ in range(2):
