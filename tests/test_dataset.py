@@ -1,5 +1,5 @@
 """Corpora: what is read, how it is mixed and held out, what is recognised, and what is refused with which sentence."""
-import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys, tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.dataset import Documents, cut_document, open_corpus, prepare_corpus, shuffled, split_validation, stdlib_documents, write_shard
+from nanochat.dataset import (Documents, RepackageConfig, cut_document, open_corpus, prepare_corpus, repackage, shuffled, split_validation,
+                              stdlib_documents, write_shard)
 
 
 def texts_of(corpus):
@@ -264,3 +265,94 @@ def test_command_line(stories, base_directory):
 def test_real_web_shards(shared_data):
     corpus = prepare_corpus(shared_data/'hub'/'karpathy'/'climbmix-400b-shuffle', max_bytes=2_000_000)
     assert corpus.rows('train') > 100 and corpus.rows('val') > 0 and corpus.nbytes('train') < 2_000_000
+
+
+# Repackaging --------------------------------------------------------------------------------------------------------
+
+def shas(corpus): return [(s['file'], s['split'], s['sha256']) for s in corpus.manifest['shards']]
+
+
+def test_repackaged_shards_have_the_hubs_shape(stories):
+    corpus = repackage(RepackageConfig(str(stories), 'mine', shard_bytes=8000, row_group=16, val_fraction=.1))
+    entries = corpus.manifest['shards']
+    assert [s['file'] for s in entries] == [f'shard_{i:05d}.parquet' for i in range(len(entries))] and [s['split'] for s in entries] == ['train'] * (len(entries) - 1) + ['val']
+    train, val = texts_of(corpus)
+    assert sorted(train + val) == sorted(dataset.read_documents(stories)) and train != sorted(train)
+    sizes = [s['bytes'] for s in entries[:-1]]
+    assert max(sizes) < 8300 and min(sizes) > .7 * max(sizes) and .07 < entries[-1]['bytes'] / sum(s['bytes'] for s in entries) < .13
+    f = pq.ParquetFile(corpus.shards('train')[0])
+    assert f.schema_arrow.names == ['text'] and f.metadata.row_group(0).num_rows == 16
+    assert open_corpus('mine').manifest == corpus.manifest and not corpus.damaged()
+
+
+def test_repackaging_does_not_depend_on_memory_names_or_order_but_on_the_seed(tmp_path):
+    texts = [f'text {i} ' + 'x' * (i % 300) for i in range(3000)]
+    for k, (order, cuts) in enumerate(((texts, 3), (texts[::-1], 7))):
+        (tmp_path/str(k)).mkdir()
+        for c in range(cuts): write_jsonl(tmp_path/str(k)/f'{"ab"[k]}{c}.jsonl', order[c::cuts])
+    make = lambda k, **how: repackage(RepackageConfig(str(tmp_path/str(k)), 'mine', shard_bytes=100_000, force=True, **how))
+    first = shas(make(0))
+    assert shas(make(1)) == first and shas(make(0, memory=1_000_000)) == first and len(first) > 4
+    assert [s[2] for s in shas(make(0, seed=1))] != [s[2] for s in first]
+    few = dataset.Buckets(tmp_path/'b', 500, 10_000)  # far more buckets than a source of this size gets
+    for t in texts: few.add(dataset.document_key(t, b'nanochat 0 '), t)
+    few.flush()
+    assert list(few) == sum(texts_of(make(0)), [])
+
+
+def test_repackaging_any_source_and_leaving_copies_out(tmp_path):
+    folder = tmp_path/'mixed'; folder.mkdir()
+    (folder/'a.txt').write_text('Ελληνικά κείμενα'); (folder/'copy.md').write_text('Ελληνικά κείμενα'); (folder/'blank.txt').write_text(' \n')
+    (folder/'b.jsonl').write_text('{"body": "日本語", "n": 1}\n')
+    pq.write_table(pa.table({'n': [1, 2], 'body': ['हिन्दी', None]}), folder/'c.parquet')
+    corpus = repackage(RepackageConfig(str(folder), 'mixed', column='body', val_fraction=.3))
+    assert sorted(sum(texts_of(corpus), [])) == sorted(['Ελληνικά κείμενα', '日本語', 'हिन्दी']) and corpus.rows('val') >= 1 <= corpus.rows('train')
+
+
+def test_repackaging_recognises_what_it_made(stories):
+    first = repackage(RepackageConfig(str(stories), 'mine'))
+    stamp = os.stat(first.path/'manifest.json').st_ino
+    repackage(RepackageConfig(str(stories), 'mine', memory=2_000_000))
+    assert os.stat(first.path/'manifest.json').st_ino == stamp
+    assert repackage(RepackageConfig(str(stories), 'mine', seed=3)).manifest['seed'] == 3
+
+
+def test_repackaging_takes_bounded_memory(tmp_path):
+    """Thirty megabytes of text with two to work in: what Python holds at its worst stays far below the text."""
+    for k in range(6): pq.write_table(pa.table({'text': [f'{k} {i} ' + os.urandom(1000).hex() for i in range(2500)]}), tmp_path/f'{k}.parquet', row_group_size=200)
+    tracemalloc.start()
+    corpus = repackage(RepackageConfig(str(tmp_path), 'big', memory=2_000_000, shard_bytes=2_000_000, row_group=100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert corpus.nbytes('train') + corpus.nbytes('val') > 30_000_000 and peak < 12_000_000, f'{peak:,}'
+
+
+@pytest.mark.parametrize('change, sentence', [
+    (dict(out='climbmix'), "'climbmix' cannot be the name of a new corpus"), (dict(out='../x'), 'cannot be the name'), (dict(out=''), 'cannot be the name'),
+    (dict(memory=10), 'memory 10 is too small; leave out --memory'), (dict(row_group=0), 'leave out --row-group'), (dict(val_fraction=0.), 'val_fraction 0.0'),
+    (dict(column='body'), "line 1 of stories.jsonl has no text: expected an object with a string field 'body', found text"),
+    (dict(source='nowhere.txt'), "there is no file or folder 'nowhere.txt'")])
+def test_repackaging_what_cannot_be(stories, base_directory, change, sentence):
+    with pytest.raises(UserError, match=sentence): repackage(RepackageConfig(**{**dict(source=str(stories), out='mine'), **change}))
+    assert not list(base_directory.rglob('*.parquet')) and not list(base_directory.rglob('.buckets'))
+
+
+def test_repackaging_one_document_or_torn_files(tmp_path):
+    (tmp_path/'one.txt').write_text('only one')
+    with pytest.raises(UserError, match='holds 1 different documents, too few to hold one out'): repackage(RepackageConfig(str(tmp_path/'one.txt'), 'mine'))
+    (tmp_path/'torn.parquet').write_bytes(b'PAR1 torn')
+    with pytest.raises(UserError, match='torn.parquet is not a readable parquet file'): repackage(RepackageConfig(str(tmp_path), 'mine'))
+
+
+def test_repackaging_that_fails_leaves_the_old_corpus(stories, monkeypatch):
+    before = shas(repackage(RepackageConfig(str(stories), 'mine')))
+    monkeypatch.setattr(dataset, 'write_shard', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): repackage(RepackageConfig(str(stories), 'mine', force=True))
+    assert shas(open_corpus('mine')) == before and not [p for p in open_corpus('mine').path.parent.iterdir() if p.name.startswith('.')]
+
+
+def test_repackaging_the_real_shards(shared_data, base_directory):
+    done = subprocess.run([sys.executable, '-m', 'nanochat.dataset', 'repackage', str(shared_data/'hub'/'karpathy'/'climbmix-400b-shuffle'), '--out', 'web', '--shard-bytes', '4000000'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'web val:' in done.stdout, done.stderr
+    corpus = open_corpus('web')
+    assert corpus.rows('train') + corpus.rows('val') == 3092 and 4 <= len(corpus.shards('train')) <= 5 and corpus.rows('val') > 20

@@ -283,6 +283,19 @@ def test_kill_and_resume_and_two_at_once(hub, base_directory):
     assert final_files(folder) == names(0, 1, 2, 3, LAST) and not list(folder.glob('.download/*.part'))
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_ctrl_c_ends_at_once_and_keeps_what_came(hub, base_directory):
+    hub.faults[names(LAST)[0]] = ('slow', 20_000)
+    p = subprocess.Popen(**command('climbmix', '--shards', '1', **environment(hub, NANOCHAT_BASE_DIR=str(base_directory))))
+    parts = lambda: [f.stat().st_size for f in base_directory.glob('corpora/climbmix/.download/*.part')]
+    wait_for(lambda: any(parts()))
+    began = time.monotonic()
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=20)
+    assert p.returncode == 130 and 'stopped; what was finished is saved' in err and 'Traceback' not in err and time.monotonic() - began < 10  # the file would have taken longer
+    assert any(parts()) and names(LAST)[0] not in final_files(base_directory/'corpora'/'climbmix')
+
+
 def test_in_the_background(hub, base_directory):
     env = environment(hub, NANOCHAT_BASE_DIR=str(base_directory))
     started = subprocess.run(**{**command('climbmix', '--shards', '3', '--background', **env), 'stdout': None, 'stderr': None}, capture_output=True)
