@@ -30,11 +30,11 @@ def exact(fp32): torch.manual_seed(0)
 
 
 @functools.cache
-def engine(dtype='float32'):
+def engine(dtype='float32', weights='compute'):
     """A random model of 40 tokens, whose answers end and call the calculator now and then."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv('NANOCHAT_DTYPE', dtype)
-        made = Engine(random_gpt(vocab_size=40, n_layer=2, window_pattern='SL'), SMALL)
+        made = Engine(random_gpt(vocab_size=40, n_layer=2, window_pattern='SL'), SMALL, weights=weights)
         made.runner()
         return made
 
@@ -162,8 +162,10 @@ def test_every_request_gets_what_it_gets_alone(asked, slots, chunk, kept, seed):
 
 
 @few(15)
-@given(requests, st.integers(1, 5), st.sampled_from([128, 256]), st.integers(0, 999))
-def test_every_request_gets_what_it_gets_alone_in_bf16(asked, slots, chunk, seed): check_play(engine('bfloat16'), asked, slots, chunk, 0, seed)
+@given(requests, st.integers(1, 5), st.sampled_from([128, 256]), st.integers(0, 999), st.sampled_from(['compute', 'int8']))
+def test_every_request_gets_what_it_gets_alone_in_bf16(asked, slots, chunk, seed, weights):
+    """And with int8 weights. Chunks as the engine reads them: pieces of another size round differently."""
+    check_play(engine('bfloat16', weights), asked, slots, chunk, 0, seed)
 
 
 def test_different_settings_in_one_batch(make):
