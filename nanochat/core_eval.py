@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['KINDS', 'SHARE', 'TIE', 'CHUNK', 'URL', 'MINI', 'examples_for', 'parts', 'gold_of', 'render_prompts', 'Row',
            'common_prefix', 'crop', 'rows_of', 'judge', 'decide', 'padded', 'positions', 'all_logits', 'per_row',
-           'score_plainly', 'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'in_batches', 'Counts',
-           'Reader', 'judged', 'score_rows', 'shared_prefix', 'new_cache', 'score_shared', 'score_items', 'predict',
-           'world', 'from_rank0', 'combine', 'predict_all', 'accuracy', 'evaluate_task', 'check_enough', 'CoreTask',
-           'Bundle', 'line_fault', 'parse_items', 'parse_tasks', 'make_bundle', 'open_folder', 'open_zip',
-           'open_bundle', 'BundleConfig', 'download', 'fetch_bundle', 'windows', 'words_of', 'mini_next_line',
-           'mini_docstring', 'with_gold', 'mini_last_word', 'mini_swapped_word', 'mini_bundle', 'choose_tasks',
-           'reading_cost', 'TaskResult', 'TaskFiles', 'run_task', 'evaluate_core', 'summary', 'references', 'core_csv',
-           'core_figure', 'save_tables', 'bench_task', 'core_bench', 'bench_table', 'main']
+           'score_plainly', 'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'in_batches',
+           'PackedLinear', 'PackedMLP', 'LastBlock', 'reading_copy', 'Counts', 'Reader', 'judged', 'score_rows',
+           'shared_prefix', 'new_cache', 'score_shared', 'score_items', 'predict', 'world', 'from_rank0', 'combine',
+           'predict_all', 'accuracy', 'evaluate_task', 'check_enough', 'CoreTask', 'Bundle', 'line_fault',
+           'parse_items', 'parse_tasks', 'make_bundle', 'open_folder', 'open_zip', 'open_bundle', 'BundleConfig',
+           'download', 'fetch_bundle', 'windows', 'words_of', 'mini_next_line', 'mini_docstring', 'with_gold',
+           'mini_last_word', 'mini_swapped_word', 'mini_bundle', 'choose_tasks', 'reading_cost', 'TaskResult',
+           'TaskFiles', 'run_task', 'evaluate_core', 'summary', 'references', 'core_csv', 'core_figure', 'save_tables',
+           'bench_task', 'core_bench', 'bench_table', 'main']
 
 # %% ../nbs/13_core_eval.ipynb #d9bc3034
-import csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
+import copy, csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .common import Progress, UserError, append_jsonl, atomic_file, atomic_write, base_dir, cli, human_time, print0, read_jsonl
 from .dataset import Corpus
 from .engine import KVCache, inference_copy, model_dtype
-from .gpt import GPT, softcapped_logits
+from .gpt import GPT, norm, softcapped_logits
+from .inference import Packed, works
 
 # %% ../nbs/13_core_eval.ipynb #d8442663
 KINDS = {'multiple_choice': ('query', 'choices', 'gold'), 'schema': ('context_options', 'continuation', 'gold'), 'language_modeling': ('context', 'continuation')}
@@ -117,8 +119,8 @@ def padded(seqs: Sequence[np.ndarray], device: torch.device | str) -> Tensor:
 
 def positions(spans: Sequence[tuple[int, int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     "Row and column indices of all places in `spans`, one (first, last + 1) per row."
-    rows = np.repeat(np.arange(len(spans)), [b - a for a, b in spans])
-    return tuple(torch.from_numpy(i).to(device) for i in (rows, np.concatenate([np.arange(a, b) for a, b in spans])))
+    places = [(row, t) for row, (a, b) in enumerate(spans) for t in range(a, b)]
+    return torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
 
 def all_logits(model: Any, ids: Tensor) -> Tensor:
     "Logits (B, T, V) of any causal language model."
@@ -176,7 +178,45 @@ def in_batches(lengths: Sequence[int], budget: int, key: Callable[[int], Any] | 
         out[-1].append(i)
     return [b for b in out if b]
 
-# %% ../nbs/13_core_eval.ipynb #6ed4af3d
+# %% ../nbs/13_core_eval.ipynb #10cd583e
+class PackedLinear(nn.Module):
+    "A linear layer without bias whose weight oneDNN has packed."
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.form = Packed(layer.weight.detach())
+    def forward(self, x: Tensor) -> Tensor: return self.form(x)
+
+class PackedMLP(nn.Module):
+    "The MLP of a block with packed weights."
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc, self.proj = Packed(mlp.c_fc.weight.detach()), Packed(mlp.c_proj.weight.detach())
+    def forward(self, x: Tensor) -> Tensor: return self.proj(self.fc.relu2(x))
+
+class LastBlock(nn.Module):
+    "The last block, whose MLP runs at the positions `at` (rows, columns) alone; what it gives elsewhere is of no use."
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.attn, self.mlp, self.at = block.attn, block.mlp, None
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        x = x + self.attn(norm(x), *args)
+        if len(self.at[0]): x[self.at] += self.mlp(norm(x[self.at]))
+        return x
+
+# %% ../nbs/13_core_eval.ipynb #36889018
+def reading_copy(model: GPT) -> GPT:
+    "A model for reading alone, its weights cast once and, in fp32 on a CPU, packed; its last block is a `LastBlock`. It shares all else."
+    twin = inference_copy(model)
+    twin = copy.deepcopy(twin, {id(t): t for t in (*twin.parameters(), *twin.buffers())})  # only the tree of modules is new
+    blocks = twin.transformer.h
+    if model.get_device().type == 'cpu' and model_dtype(model) == torch.float32 and works(Packed, torch.float32):
+        for block in blocks:
+            block.mlp = PackedMLP(block.mlp)
+            for name in ('c_q', 'c_k', 'c_v', 'c_proj'): setattr(block.attn, name, PackedLinear(getattr(block.attn, name)))
+    blocks[-1] = LastBlock(blocks[-1])
+    return twin
+
+# %% ../nbs/13_core_eval.ipynb #b31a4638
 @dataclass
 class Counts:
     "What an evaluation has cost: calls of the model, tokens given to it (padding included), items that were scored once more alone."
@@ -190,34 +230,36 @@ class Reader:
     A GPT's head is applied at judged positions only. Other models compute all logits, so the budget shrinks to 64M of them."""
     def __init__(self, model: Any, device: torch.device | str, vocab_size: int, budget: int | None = None, limit: int | None = None):
         gpt = getattr(model, '_orig_mod', model)
-        self.gpt = inference_copy(gpt) if isinstance(gpt, GPT) else None
-        self.model, self.device, self.counts = model, torch.device(device), Counts()
+        self.gpt = reading_copy(gpt) if isinstance(gpt, GPT) else None
+        self.model, self.device, self.vocab_size, self.counts = model, torch.device(device), vocab_size, Counts()
         self.limit = min(filter(None, (limit, context_limit(model))), default=None)
         self.budget = budget or (4096 if self.device.type == 'cpu' else 65536)
         if self.gpt is None: self.budget = max(1, min(self.budget, 2**26 // vocab_size))
         self.exact = model_dtype(self.gpt or model) == torch.float32
 
-    def read(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        "Hidden states (B, T, C) of a GPT, or the logits (B, T, V) of another model."
+    def read(self, ids: Tensor, spans: Sequence[tuple[int, int]] = (), cache: KVCache | None = None) -> Tensor:
+        "Hidden states (N, C) of a GPT, or logits (N, V) of another model, at one stretch of positions per row of ids (B, T)."
         self.counts.calls += 1
         self.counts.tokens += ids.numel()
-        return self.gpt.trunk(ids, cache) if self.gpt is not None else all_logits(self.model, ids)
+        at = positions(spans, self.device)
+        if self.gpt is None: return all_logits(self.model, ids)[at].float()
+        self.gpt.transformer.h[-1].at = at
+        return self.gpt.trunk(ids, cache)[at]
 
-# %% ../nbs/13_core_eval.ipynb #b31a4638
-def judged(reader: Reader, states: Tensor, spans: Sequence[tuple[int, int]], answers: Sequence[np.ndarray]) -> list[tuple[float, float]]:
-    "(mean loss, least lead) per row: `spans` are the positions of `states` (B, T, ...) that predict the tokens `answers`."
-    x = states[positions(spans, states.device)]  # (N, C) or (N, V)
+# %% ../nbs/13_core_eval.ipynb #1365c1f0
+def judged(reader: Reader, x: Tensor, answers: Sequence[np.ndarray]) -> list[tuple[float, float]]:
+    "(mean loss, least lead) per row: x, from `Reader.read`, are the states or logits that predict the tokens of `answers`, one after another."
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(x.device)
-    if reader.gpt is None: return per_row(*judge(x.float(), targets), [len(a) for a in answers])
-    head, V, found = reader.gpt.lm_head.weight, reader.gpt.config.vocab_size, []
-    for xs, ts in zip(x.split(n := max(1, 2**24 // V)), targets.split(n)): found.append(judge(softcapped_logits(xs, head, V), ts))
+    head = (lambda h: softcapped_logits(h, reader.gpt.lm_head.weight, reader.gpt.config.vocab_size)) if reader.gpt is not None else (lambda z: z)
+    rows = max(1, 2**24 // reader.vocab_size)  # at most 64 MB of logits
+    found = [judge(head(a), b) for a, b in zip(x.split(rows), targets.split(rows))]
     return per_row(*(torch.cat(t) for t in zip(*found)), [len(a) for a in answers])
 
 @torch.inference_mode()
 def score_rows(reader: Reader, rows: Sequence[Row]) -> list[tuple[float, float]]:
     "(mean loss, least lead) of each row of one batch."
-    states = reader.read(padded([r.ids[:r.end - 1] for r in rows], reader.device))
-    return judged(reader, states, [(r.start - 1, r.end - 1) for r in rows], [r.ids[r.start:r.end] for r in rows])
+    x = reader.read(padded([r.ids[:r.end - 1] for r in rows], reader.device), [(r.start - 1, r.end - 1) for r in rows])
+    return judged(reader, x, [r.ids[r.start:r.end] for r in rows])
 
 # %% ../nbs/13_core_eval.ipynb #cf1075f4
 SHARE = 16  # tokens of common prefix from which a cache pays; assumed, not measured
@@ -237,15 +279,15 @@ def score_shared(reader: Reader, items: Sequence[list[Row]], shared: Sequence[in
     "(mean loss, least lead) of each row of each item, the first `shared` tokens of an item's rows being read once."
     longest = max(r.end - 1 - n for rows, n in zip(items, shared) for r in rows)
     cache = new_cache(reader.gpt, len(items), max(shared) + longest)
-    reader.read(padded([rows[0].ids[:n] for rows, n in zip(items, shared)], reader.device), cache)
+    reader.read(padded([rows[0].ids[:n] for rows, n in zip(items, shared)], reader.device), cache=cache)
     last = torch.tensor([[int(rows[0].ids[n - 1])] for rows, n in zip(items, shared)], device=reader.device)
     found: list[list] = [[] for _ in items]
     for c in range(max(map(len, items))):
         now = [rows[min(c, len(rows) - 1)] for rows in items]  # an item with fewer choices repeats its last one
         cache.cache_seqlens.copy_(torch.tensor(shared))
         reader.gpt.embed(last, cache)
-        states = reader.read(padded([r.ids[n:r.end - 1] for r, n in zip(now, shared)], reader.device), cache)
-        scores = judged(reader, states, [(r.start - 1 - n, r.end - 1 - n) for r, n in zip(now, shared)], [r.ids[r.start:r.end] for r in now])
+        tails, spans = zip(*((r.ids[n:r.end - 1], (r.start - 1 - n, r.end - 1 - n)) for r, n in zip(now, shared)))
+        scores = judged(reader, reader.read(padded(tails, reader.device), spans, cache), [r.ids[r.start:r.end] for r in now])
         for mine, rows, s in zip(found, items, scores): mine += [s] if c < len(rows) else []
     return found
 
@@ -472,11 +514,11 @@ def fetch_bundle(cfg: BundleConfig) -> Path:
 
 # %% ../nbs/13_core_eval.ipynb #6b114275
 def windows(texts: Sequence[str], pattern: str, rng: random.Random, before: int = 300) -> Iterator[tuple[str, re.Match]]:
-    "Matches of `pattern` in the texts in random order, with up to `before` characters of whole lines before each; at most 20 of a text."
-    found = []
+    "Matches of `pattern` in the texts in random order, with up to `before` characters of whole lines before each; about as many of each text."
+    found, most = [], 20 + 2000 // len(texts)
     for t in texts:
         here = list(re.finditer(pattern, t))
-        found += [(t, m) for m in rng.sample(here, min(20, len(here)))]
+        found += [(t, m) for m in rng.sample(here, min(most, len(here)))]
     rng.shuffle(found)
     for t, m in found:
         head = t[max(0, m.start() - before):m.start()]
@@ -677,12 +719,13 @@ def save_tables(result: dict[str, Any], bundle: Bundle, folder: Path, name: str)
 # %% ../nbs/13_core_eval.ipynb #954ee7f4
 def bench_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreTask, items: int) -> dict[str, Any]:
     "Seconds per item and tokens per item of both ways on the first items of a task, and how many predictions differ."
+    clock = time.process_time if reader.device.type == 'cpu' else time.perf_counter  # processor seconds: what else the machine does counts little
     todo, before = range(min(items, len(data))), (reader.counts.calls, reader.counts.tokens)
-    start = time.perf_counter()
+    start = clock()
     fast = predict(reader, tokenizer, data, task.meta, todo)
-    middle = time.perf_counter()
+    middle = clock()
     plain = [predict_one(i, reader.model, tokenizer, data, reader.device, task.meta, reader.limit) for i in todo]
-    end, n = time.perf_counter(), len(todo)
+    end, n = clock(), len(todo)
     lengths = [[len(r.ids) for r in rows] for rows in item_rows(todo, tokenizer, data, task.meta, reader.limit)]
     return dict(task=task.label, items=n, of=len(data), plain_s=(end - middle) / n, batched_s=(middle - start) / n, differ=sum(a != b for a, b in zip(fast, plain)),
                 plain_tokens=sum(max(ls) * len(ls) for ls in lengths) / n, batched_tokens=(reader.counts.tokens - before[1]) / n, plain_calls=1., batched_calls=(reader.counts.calls - before[0]) / n)
