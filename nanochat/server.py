@@ -271,10 +271,12 @@ class Cutter:
         return out
 
 # %% ../nbs/16_server.ipynb #05dc46ec
+PACE = 0.02  # seconds between two pieces of one answer: 50 a second. An event cost 0.25 ms of CPU with 16 streams on a busy machine
+
 class ChoiceText:
     "Takes an answer's tokens, gives the text that is final. `ticket` is the scheduler's."
-    def __init__(self, index: int, ticket: Any, tokenizer: Any, stop: tuple[str, ...] = ()):
-        self.index, self.ticket, self.tokens = index, ticket, 0
+    def __init__(self, index: int, ticket: Any, tokenizer: Any, stop: tuple[str, ...] = (), pace: float = PACE):
+        self.index, self.ticket, self.tokens, self.pace = index, ticket, 0, pace
         self.answer, self.cutter, self.pieces, self._seen = Answer(tokenizer), Cutter(stop), [], 0
 
     def push(self, token: int) -> str:
@@ -316,10 +318,8 @@ class Choice(ChoiceText):
         return self.ticket.finish_reason or 'stop'
 
 # %% ../nbs/16_server.ipynb #be89ebc6
-PACE = 0.02  # seconds between two pieces of one answer: 50 a second. An event cost 0.25 ms of CPU with 16 streams on a busy machine
-
 async def texts(choice: Choice) -> AsyncIterator[str]:
-    "The answer's text as it becomes final; tokens that gather within `PACE`, or while the reader is busy, come as one piece. Raises what the ticket raises."
+    "The answer's text as it becomes final; tokens that gather within its pace, or while the reader is busy, come as one piece. Raises what the ticket raises."
     new = ''
     async for token, _ in choice.ticket:
         new += choice.push(token)
@@ -327,7 +327,7 @@ async def texts(choice: Choice) -> AsyncIterator[str]:
         if new and choice.tokens >= len(choice.ticket.tokens):
             yield new
             new = ''
-            await asyncio.sleep(PACE)
+            await asyncio.sleep(choice.pace)
     choice.ticket.cancel()  # nothing more is needed; a finished ticket does not mind
     new += '' if choice.cutter.hit else choice.finish()
     if new: yield new
@@ -527,8 +527,8 @@ def prompt_of(tokenizer: Any, chat: ChatRequest, limit: int) -> tuple[list[int],
 # %% ../nbs/16_server.ipynb #7061e541
 class Service:
     "A pool, the model's card, and who may use them. `open`: answers being sent now."
-    def __init__(self, pool: Pool, served: Served, api_key: str | None = None, hosts: tuple[str, ...] | None = None, log: Path | str | None = None):
-        self.pool, self.served, self.api_key, self.hosts, self.log = pool, served, api_key, hosts, log
+    def __init__(self, pool: Pool, served: Served, api_key: str | None = None, hosts: tuple[str, ...] | None = None, log: Path | str | None = None, pace: float = PACE):
+        self.pool, self.served, self.api_key, self.hosts, self.log, self.pace = pool, served, api_key, hosts, log, pace
         self.open, self.started, self.metrics = 0, time.time(), None
         self.threads = ThreadPoolExecutor(4, 'nanochat-admit')  # for parsing and tokenizing, beside the loop that feeds the streams
 
@@ -550,7 +550,7 @@ def admit(service: Service, body: bytes, public: bool = False) -> Job:
     check_model(served, chat.model)
     ids, dropped = prompt_of(pool.tokenizer, chat, pool.limit)
     worker, tickets = place(service, ids, chat)
-    choices = [Choice(i, t, pool.tokenizer, chat.stop) for i, t in enumerate(tickets)]
+    choices = [Choice(i, t, pool.tokenizer, chat.stop, service.pace) for i, t in enumerate(tickets)]
     return Job(chat, choices, worker, dropped, served.id, f'{served.tag}-{served.step}', f'chatcmpl-{secrets.token_hex(12)}', int(time.time()))
 
 # %% ../nbs/16_server.ipynb #2e8e35a4

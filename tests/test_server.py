@@ -140,20 +140,18 @@ def test_public_stream(web):
     check_error(*web.post('/chat/completions', ask(temperature=3))[:2], 400)
 
 
-def test_pieces_are_whole_characters(known, monkeypatch):
+def test_pieces_are_whole_characters(known):
     """UTF-8 in every chunk as it leaves the socket, not only in the sum: emoji, Chinese, Arabic; with no pause between tokens, nearly each in a chunk of its own."""
-    monkeypatch.setattr(server, 'PACE', 0)
-    with running(known) as r, Wire(int(r.url.split(':')[-1])) as w: raw = w.post('/v1/chat/completions', ask(stream=True)).read_all()
+    with running(known, pace=0) as r, Wire(int(r.url.split(':')[-1])) as w: raw = w.post('/v1/chat/completions', ask(stream=True)).read_all()
     head, body = raw.split(b'\r\n\r\n', 1)
     chunks = body.split(b'\r\n')[1:-4:2]
     pieces = [text_of(events(c)) for c in chunks]
-    assert ''.join(pieces) == SAID and '\ufffd' not in ''.join(pieces) and len(pieces) > 10 and b'no-cache' in head
+    assert ''.join(pieces) == SAID and '\ufffd' not in ''.join(pieces) and len(pieces) > 4 and b'no-cache' in head
 
 
-def test_fast_tokens_leave_together(known, monkeypatch):
+def test_fast_tokens_leave_together(known):
     """The first piece at once, then at most one per pause: a thousand tokens a second are not a thousand events."""
-    monkeypatch.setattr(server, 'PACE', .2)
-    with running(known) as r:
+    with running(known, pace=.2) as r:
         found = events(post(r.url + '/v1/chat/completions', ask(stream=True))[1])
     assert text_of(found) == SAID and len(found) <= 6
 
@@ -533,7 +531,7 @@ def test_schema_attacks(web):
 # The command
 
 @pytest.mark.parametrize('flags, words', [(['--port', '0'], '--port 0'), (['--slots', '0'], '--slots'), (['--max-waiting', '0'], '--max-waiting'), (['--drain-seconds', '-1'], '--drain-seconds'), (['--api-key', ''], 'API key'), (['--api-key', 'ä'], 'API key'),
-                                          (['--allow-origin', '*'], '--allow-origin'), (['--workers', '0'], '--workers'), (['--source', 'rl'], 'chat_rl'), (['--host', 'no.such.name.invalid'], 'cannot listen')])
+                                          (['--allow-origin', '*'], '--allow-origin'), (['--workers', '0'], '--workers'), (['--pace', '-1'], '--pace'), (['--source', 'rl'], 'chat_rl'), (['--host', 'no.such.name.invalid'], 'cannot listen')])
 def test_bad_flags_are_one_sentence(flags, words, capsys):
     with pytest.raises(SystemExit) as stop: cli(ChatWebConfig, chat_web, ['--device', 'cpu', '--port', str(free_port()), *flags])
     out, err = capsys.readouterr()

@@ -30,7 +30,7 @@ def base(tok, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def web(base):
-    with Process(base, '--slots', str(SLOTS), '--max-waiting', str(WAITING)) as p:
+    with Process(base, '--slots', str(SLOTS), '--max-waiting', str(WAITING), '--pace', '0', '--drain-seconds', '10') as p:
         yield p
         assert p.close() == 0 and 'Traceback' not in p.errors(), p.errors()
 
@@ -105,17 +105,21 @@ def test_nothing_leaks(web):
 
 
 def test_slow_readers_slow_nobody(web):
-    """Eight clients take every slot for the longest answer there is and do not read a byte. Their answers are written all the same, their slots are free again, and others are served."""
+    """Two clients take every slot for four answers each, the longest there are, and do not read a byte. Their answers are written all the same, their slots are free again, and others are served."""
+    longest = lambda i, **kw: Wire(web.port, **kw).post('/v1/chat/completions', chat(i, stream=True, max_tokens=4000, n=SLOTS // 2))
+    for w in [longest(i) for i in range(2)]:     # the same load with readers who read: what memory it takes
+        w.read_all()
+        w.close()
     idle(web)
     memory = psutil.Process(web.process.pid).memory_info().rss
-    slow = [Wire(web.port, receive_buffer=2048).post('/v1/chat/completions', chat(i, stream=True, max_tokens=4000)) for i in range(SLOTS)]
-    wait_for(lambda: web.get('/stats')[1]['open_answers'] == SLOTS)
+    slow = [longest(i, receive_buffer=2048) for i in range(2)]
+    wait_for(lambda: web.get('/stats')[1]['open_answers'] == 2)
     assert web.post('/v1/chat/completions', chat(99))[0] == 200
     wait_for(lambda: web.worker()['active'] == web.worker()['waiting'] == 0, 60)     # written, though nobody has read
-    assert web.get('/stats')[1]['open_answers'] == SLOTS
+    assert web.get('/stats')[1]['open_answers'] == 2
     assert psutil.Process(web.process.pid).memory_info().rss - memory < 50e6
     first = slow[0].read_all()
-    assert first.endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n') and first.count(b'"length"') == 1
+    assert first.endswith(b'data: [DONE]\n\n\r\n0\r\n\r\n') and first.count(b'"length"') == SLOTS // 2
     for w in slow: w.close()
     idle(web)
 
@@ -143,7 +147,7 @@ class Slowly:
             return take(batch)
         monkeypatch.setattr(engine.Batch, 'take', slow)
         self.pool = Pool([Scheduler(Engine(endless_model(tok), tok), **kw)])
-        service = Service(self.pool, Served('sft', 'd1', 7, 1, self.pool.limit, 1700000000))
+        service = Service(self.pool, Served('sft', 'd1', 7, 1, self.pool.limit, 1700000000), pace=0)
         self.running = Running(build_app(service), service)
         self.url, self.port = self.running.url, int(self.running.url.split(':')[-1])
 
@@ -187,8 +191,8 @@ def test_a_disconnect_frees_the_slot_within_one_token(tok, monkeypatch, stream):
 
 def test_sigterm_in_mid_stream(base):
     """The door closes, the answer is finished to its [DONE] even for a reader who pauses, the process leaves with 0."""
-    with Process(base, '--slots', '2') as p, Wire(p.port, receive_buffer=2048) as w:
-        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
+    with Process(base, '--slots', '2', '--pace', '0') as p, Wire(p.port, receive_buffer=2048) as w:
+        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000, n=2)).read_until(b'"content":"')
         p.signal(signal.SIGTERM)
         status, health, _ = wait_for(lambda: (a := p.get('/health'))[0] == 503 and a)
         check_error(status, health, 503)
@@ -203,13 +207,13 @@ def test_sigterm_in_mid_stream(base):
 
 def test_drain_is_bounded_and_a_second_signal_ends_at_once(base):
     """`--drain-seconds` cuts off what takes longer, with an event that says so; a second Ctrl-C does not wait for it."""
-    with Process(base, '--drain-seconds', '0.3', '--slots', '2') as p, Wire(p.port) as w:
+    with Process(base, '--drain-seconds', '0.3', '--slots', '2', '--pace', '0') as p, Wire(p.port) as w:
         w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
         p.signal(signal.SIGINT)
         body = w.read_all().split(b'\r\n')[-4]
         error = check_error(500, json.loads(body.removeprefix(b'data: ')))
         assert error['code'] == 'server_shutdown' and p.process.wait(10) == 0 and 'cut off' in p.errors() and 'Traceback' not in p.errors(), p.errors()
-    with Process(base, '--drain-seconds', '60', '--slots', '2') as p, Wire(p.port, receive_buffer=2048) as w:
+    with Process(base, '--drain-seconds', '60', '--slots', '2', '--pace', '0') as p, Wire(p.port, receive_buffer=2048) as w:
         w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')   # and reads no further: it would hold up the end
         p.signal(signal.SIGTERM)
         wait_for(lambda: p.get('/health')[0] == 503)

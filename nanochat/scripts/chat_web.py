@@ -13,7 +13,7 @@ from typing import Any
 
 from ..common import UserError, cli
 from ..demo import build_demo, describe, import_gradio, look
-from ..server import LOCAL, Pool, Running, Served, Service, build_app, check_key, choose_devices, listen, load_pool, serve, url_of
+from ..server import LOCAL, PACE, Pool, Running, Served, Service, build_app, check_key, choose_devices, listen, load_pool, serve, url_of
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #b4b278d0
 @dataclass
@@ -34,6 +34,7 @@ class ChatWebConfig:
     allow_origin: tuple[str, ...] = ()  # web sites whose pages may call the API from a browser, as in: --allow-origin https://example.org
     allow_host: tuple[str, ...] = ()  # names beside localhost by which this server is called
     log_conversations: str | None = None  # a file to append every API conversation to, as JSON lines; default: nothing is kept
+    pace: float = PACE  # seconds between two pieces of a streamed answer; 0 sends every token by itself, for measurements
     drain_seconds: float = 30.0  # how long running answers may go on after Ctrl-C or SIGTERM; a second signal ends at once
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #5b6e1f38
@@ -76,6 +77,7 @@ def check_config(cfg: ChatWebConfig) -> None:
     if cfg.slots < 1: raise UserError(f'--slots {cfg.slots} answers nobody; use 1 or more')
     if cfg.max_waiting < 1: raise UserError(f'--max-waiting {cfg.max_waiting} is too small; use 1 or more')
     if not 0 <= cfg.drain_seconds < float('inf'): raise UserError(f'--drain-seconds {cfg.drain_seconds} is not a time; use 0 or more')
+    if not 0 <= cfg.pace <= 10: raise UserError(f'--pace {cfg.pace} is not a pause; use 0 to 10 seconds')
     if '*' in cfg.allow_origin and key_of(cfg) is None: raise UserError("--allow-origin '*' would let every web page you visit use the model; name the sites, or set --api-key")
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #e3cf68cb
@@ -126,7 +128,7 @@ def build(cfg: ChatWebConfig) -> tuple[Any, Service]:
     "Load the model and build the application: the API, and the page if wanted. Raises `UserError`."
     key = key_of(cfg)
     pool, served = load_pool(cfg.source, choose_devices(cfg.device, cfg.devices, cfg.workers), cfg.model_tag, cfg.step, cfg.slots, cfg.max_waiting)
-    service = Service(pool, served, key, hosts_of(cfg), cfg.log_conversations)
+    service = Service(pool, served, key, hosts_of(cfg), cfg.log_conversations, cfg.pace)
     app = build_app(service, cfg.allow_origin)
     if cfg.page: add_page(app, pool, describe(cfg.source, {'step': served.step}, pool.model, served.tag), key)
     return app, service
