@@ -113,17 +113,17 @@ def value_table(model: GPT) -> Tensor:
     return torch.stack(tables, 1).to(model.cos.dtype).unflatten(2, (model.config.n_kv_head, -1))
 
 # %% ../nbs/11_inference.ipynb #ac3ecc65
-CHUNK = 128  # prompt tokens read at once; a ring is this much longer than its window
+CHUNK = 128  # prompt tokens read at once
 
-def ring_size(window: int, length: int) -> int:
-    "Places in the ring of a layer that looks back `window` positions, for texts of at most `length`."
-    return min(pad_to(length, 64), pad_to(window + 1 + CHUNK, 64))
+def ring_size(window: int, length: int, chunk: int) -> int:
+    "Places in the ring of a layer that looks back `window` positions, for texts of at most `length`, written `chunk` tokens at a time."
+    return min(pad_to(length, 64), pad_to(window + chunk, 64))
 
 class RingMemory:
     "Keys and values of `slots` texts; the first `rows` are in use. Per layer (2, slots * H_kv, R, D), so that any number of slots is one batch of products."
-    def __init__(self, windows: list[int], slots: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, no_token: int):
+    def __init__(self, windows: list[int], slots: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, no_token: int, chunk: int = 1):
         self.windows, self.slots, self.heads, self.head_dim, self.no_token = windows, slots, heads, head_dim, no_token
-        self.rings, self.length = [ring_size(w, length) for w in windows], length
+        self.rings, self.length, self.chunk = [ring_size(w, length, chunk) for w in windows], length, chunk
         self.kv = [torch.zeros(2, slots * heads, R, head_dim, device=device, dtype=dtype) for R in self.rings]
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)        # positions read, per slot
         self.last = torch.full((slots,), no_token, dtype=torch.long, device=device)  # the token read last
@@ -197,9 +197,14 @@ class RingCache(RingMemory):
         return self
 
     def _copy(self, source: RingMemory, row: int, to: int) -> None:
-        "Row `row` of `source`, a memory of the same shape, into slot `to`."
+        "Row `row` of `source`, a memory of the same model, into slot `to`: as many of the newest positions as both rings hold."
         n = source.known[row]
-        for i, R in enumerate(self.rings): self.by_slot(i)[:, to, :, :min(n, R)] = source.by_slot(i)[:, row, :, :min(n, R)]
+        for i, (theirs, mine) in enumerate(zip(source.rings, self.rings)):
+            there, here = source.by_slot(i)[:, row], self.by_slot(i)[:, to]
+            if n <= min(theirs, mine) or theirs == mine: here[:, :, :min(n, mine)] = there[:, :, :min(n, mine)]
+            else:
+                newest = torch.arange(max(0, n - min(theirs, mine)), n, device=self.lengths.device)
+                here[:, :, newest % mine] = there[:, :, newest % theirs]
         self.lengths[to], self.last[to], self.known[to] = source.lengths[row], source.last[row], n
 
     def admit(self, other: RingMemory, copies: int = 1) -> None:
@@ -222,7 +227,7 @@ class RingCache(RingMemory):
 
     def kept(self, row: int) -> 'RingCache':
         "A copy of one row, to be continued later."
-        copy = RingCache(self.windows, 1, self.length, self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token)
+        copy = RingCache(self.windows, 1, self.length, self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
         copy._copy(self, row, 0)
         return copy
 
@@ -246,7 +251,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scale: float, T: int) 
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=reach.seen[:, None], scale=scale, enable_gqa=heads < H)
         return y.transpose(1, 2).reshape(N, H * D)
     if T > 1: q = q.view(B, T, heads, -1, D).permute(0, 2, 3, 1, 4)
-    scores = torch.baddbmm(reach.bias, q.reshape(B * heads, -1, D), k.mT, alpha=scale)
+    q = q.reshape(B * heads, -1, D)
+    if q.shape[1] == 1 < heads: scores = torch.baddbmm(reach.bias.mT, k, q.mT, alpha=scale).mT  # keys times query reads memory in order: 2.7 times faster for 64 rows
+    else: scores = torch.baddbmm(reach.bias, q, k.mT, alpha=scale)
     y = torch.bmm(scores.softmax(-1), v)                     # (B * H_kv, G * T, D)
     if T > 1: y = y.view(B, heads, -1, T, D).permute(0, 3, 1, 2, 4)
     return y.reshape(N, H * D)
@@ -272,11 +279,11 @@ class MergedGPT:
         self.stream = torch.float32 if self.device.type == 'cpu' else self.dtype  # the residual stream: fp32 saves casts on a CPU
         self.x0 = torch.tensor([layer.x0 for layer in self.read_layers], device=self.device, dtype=self.stream)[:, None, None]
 
-    def new_cache(self, slots: int, length: int) -> RingCache:
-        "A cache for texts of at most `length` tokens."
+    def new_cache(self, slots: int, length: int, chunk: int = 1) -> RingCache:
+        "A cache for texts of at most `length` tokens, written at most `chunk` tokens at a time."
         windows = [layer.window for layer in self.read_layers]
         dtype = torch.float32 if self.device.type == 'cpu' else self.dtype
-        return RingCache(windows, slots, length, self.kv_heads, self.head_dim, self.device, dtype, len(self.table) - 1)
+        return RingCache(windows, slots, length, self.kv_heads, self.head_dim, self.device, dtype, len(self.table) - 1, chunk)
 
 # %% ../nbs/11_inference.ipynb #c5e7b6e8
 class MergedSteps(MergedGPT):
@@ -327,7 +334,7 @@ class CachedGPT(MergedSteps):
 
     def scratch(self, rows: int, length: int) -> RingCache:
         "An empty cache for reading `rows` prompts."
-        return self.new_cache(rows, length)
+        return self.new_cache(rows, length, CHUNK)
 
     def slots(self, slots: int, length: int) -> RingCache:
         "An empty cache for decoding in at most `slots` rows."
