@@ -42,6 +42,17 @@ def tokenizer(tmp_path_factory):
     return RustBPETokenizer.train_from_iterator(text, 600)
 
 
+@pytest.fixture(scope='module')
+def prose(bundle):
+    """A tokenizer for the real tasks, and a random model for it."""
+    text = (p for label in ('arc_easy', 'squad', 'hellaswag', 'bigbench_language_identification') for x in bundle.items(ce.choose_tasks(bundle, [label])[0])[:150]
+            for p in ce.render_prompts(x, [], ce.choose_tasks(bundle, [label])[0].meta)[-1:])
+    tokenizer = RustBPETokenizer.train_from_iterator(text, 1500)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('NANOCHAT_DTYPE', 'float32')
+        return tokenizer, random_gpt(tokenizer.get_vocab_size(), sequence_len=1024)
+
+
 class Loop:
     """A corpus with held-out text, without files."""
     name = 'loop'
@@ -92,8 +103,9 @@ def protocol_prediction(model, tokenizer, data, i, meta):
     return losses.index(min(losses))
 
 
-def test_all_22_real_tasks_three_ways(bundle, tokenizer, model):
+def test_all_22_real_tasks_three_ways(bundle, prose, fp32):
     """Batched, alone, and by the protocol written down above: the same prediction for every item."""
+    tokenizer, model = prose
     assert len(bundle.tasks) == 22 and len({t.kind for t in bundle.tasks}) == 3
     reader, right = ce.Reader(model, 'cpu', tokenizer.get_vocab_size()), []
     for t in bundle.tasks:
@@ -109,8 +121,9 @@ def test_all_22_real_tasks_three_ways(bundle, tokenizer, model):
     assert 0 < sum(right) < len(right) and reader.counts.alone <= 2
 
 
-def test_batches_read_far_fewer_tokens(bundle, tokenizer, model):
+def test_batches_read_far_fewer_tokens(bundle, prose, fp32):
     """A cost that no clock disturbs: shared prefixes leave about one choice's worth of tokens of each item."""
+    tokenizer, model = prose
     for label, most in (('arc_easy', .35), ('bigbench_language_identification', .35), ('hellaswag_zeroshot', .8), ('boolq', .6)):
         [t] = ce.choose_tasks(bundle, [label])
         data, reader = bundle.items(t), ce.Reader(model, 'cpu', tokenizer.get_vocab_size(), budget=16384)
@@ -160,7 +173,8 @@ def test_a_model_that_finds_all_alike_is_scored_alone(mini, tokenizer, fp32):
     model = random_gpt(tokenizer.get_vocab_size())
     torch.nn.init.zeros_(model.lm_head.weight)
     reader, [t] = ce.Reader(model, 'cpu', tokenizer.get_vocab_size()), ce.choose_tasks(mini, ['next_line'])
-    assert ce.predict(reader, tokenizer, mini.items(t), t.meta, range(10)) == 10 * [0] and reader.counts.alone == 10
+    data = mini.items(t)
+    assert ce.predict(reader, tokenizer, data, t.meta, range(10)) == [ce.predict_one(i, model, tokenizer, data, 'cpu', t.meta) for i in range(10)] and reader.counts.alone == 10
 
 
 class Bigrams(torch.nn.Module):
@@ -196,7 +210,8 @@ def test_a_perfect_model_scores_one(mini, tokenizer):
     assert ce.evaluate_task(Oracle(), tokenizer, data, 'cpu', t.meta) == 1
 
 
-def test_the_oldest_tokens_are_cut(bundle, tokenizer, model):
+def test_the_oldest_tokens_are_cut(bundle, prose, fp32):
+    tokenizer, model = prose
     row = ce.Row(np.arange(100, dtype=np.int32), 90, 100)
     cut = ce.crop(row, 30)
     assert cut.ids.tolist() == list(range(70, 100)) and (cut.start, cut.end) == (20, 30) and ce.crop(row, 100) is row and ce.crop(row, None) is row
@@ -437,7 +452,7 @@ def home(base_directory, tmp_path, tokenizer, fp32):
     from nanochat.checkpoint_manager import init_run, run_dir, save_checkpoint
     (tmp_path/'text').mkdir()
     for i, t in enumerate(Loop().documents('val')): (tmp_path/'text'/f'{i}.txt').write_text(t * 3)
-    prepare_corpus(tmp_path/'text', val_fraction=.5)
+    prepare_corpus(tmp_path/'text', val_fraction=.8)
     model = random_gpt(tokenizer.get_vocab_size(), sequence_len=128)
     run = run_dir('base', 'd2')
     init_run(run, {}, tokenizer)
