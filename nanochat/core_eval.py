@@ -278,8 +278,9 @@ def new_cache(model: GPT, rows: int, length: int) -> KVCache:
 def score_shared(reader: Reader, items: Sequence[list[Row]], shared: Sequence[int]) -> list[list[tuple[float, float]]]:
     "(mean loss, least lead) of each row of each item, the first `shared` tokens of an item's rows being read once."
     longest = max(r.end - 1 - n for rows, n in zip(items, shared) for r in rows)
-    cache = new_cache(reader.gpt, len(items), max(shared) + longest)
+    cache = new_cache(reader.gpt, len(items), max(shared))  # no longer yet: reading into a full cache is plain attention
     reader.read(padded([rows[0].ids[:n] for rows, n in zip(items, shared)], reader.device), cache=cache)
+    cache.k_cache, cache.v_cache = (nn.functional.pad(c, (0, 0, 0, 0, 0, longest)) for c in (cache.k_cache, cache.v_cache))
     last = torch.tensor([[int(rows[0].ids[n - 1])] for rows, n in zip(items, shared)], device=reader.device)
     found: list[list] = [[] for _ in items]
     for c in range(max(map(len, items))):
@@ -346,7 +347,7 @@ def combine(values: Tensor) -> Tensor:
 
 # %% ../nbs/13_core_eval.ipynb #6cf3c9b9
 def predict_all(reader: Reader, tokenizer: Any, data: Sequence[dict], task_meta: dict[str, Any], known: Sequence[int] = (),
-                keep: Callable[[list[int]], None] = lambda new: None, done: Callable[[int], None] = lambda n: None) -> list[int]:
+                keep: Callable[[int, list[int]], None] = lambda first, new: None, done: Callable[[int], None] = lambda n: None) -> list[int]:
     "The choices for all of `data` by all ranks together, beginning after the `known` ones; `keep` gets each chunk's."
     (rank, ranks), found = world(), list(known)
     while len(found) < len(data):
@@ -354,7 +355,7 @@ def predict_all(reader: Reader, tokenizer: Any, data: Sequence[dict], task_meta:
         new = torch.full((len(span),), -1, dtype=torch.int32)
         new[rank::ranks] = torch.tensor(predict(reader, tokenizer, data, task_meta, span[rank::ranks], lambda n: done(n * ranks)), dtype=torch.int32)
         new = combine(new).tolist()
-        keep(new)
+        keep(len(found), new)
         found += new
     return found
 
@@ -483,7 +484,7 @@ def open_bundle(path: Path | str | None = None) -> Bundle:
     "The bundle in a folder or zip; by default `eval_bundle` or `eval_bundle.zip` in the base directory. Raises `UserError` with the command that gets it."
     places = [Path(path).expanduser()] if path else [base_dir()/'eval_bundle', base_dir()/'eval_bundle.zip']
     found = next((p for p in places if p.exists()), None)
-    if found is None: raise UserError(f'there is no CORE bundle at {places[-1]}; run: python -m nanochat.core_eval (26 MB), or give --bundle PATH of a folder or zip')
+    if found is None: raise UserError(f'there is no CORE bundle at {places[-1]}; run: python -m nanochat.core_eval, or give --bundle PATH of a folder or zip')
     return open_folder(found) if found.is_dir() else open_zip(found)
 
 # %% ../nbs/13_core_eval.ipynb #e28dd125
@@ -619,12 +620,16 @@ class TaskFiles:
 
     def known(self) -> tuple[list[int], float]:
         "Predictions of an interrupted run, and the seconds they took."
-        rows = read_jsonl(self.part) if self.on else []
-        return from_rank0(([p for r in rows for p in r['predictions']], sum(r['seconds'] for r in rows)))
+        found, seconds = [], 0.
+        for r in read_jsonl(self.part) if self.on else []:
+            if r['first'] != len(found): continue  # another process that works on the same wrote it, or what came before is torn
+            found += r['predictions']
+            seconds += r['seconds']
+        return from_rank0((found, seconds))
 
-    def keep(self, predictions: list[int], seconds: float) -> None:
-        "Add a chunk."
-        if self.on: append_jsonl(self.part, dict(predictions=predictions, seconds=round(seconds, 3)))
+    def keep(self, first: int, predictions: list[int], seconds: float) -> None:
+        "Add the chunk that begins at item `first`."
+        if self.on: append_jsonl(self.part, dict(first=first, predictions=predictions, seconds=round(seconds, 3)))
 
     def finish(self, result: TaskResult) -> None:
         "Write the result and forget the chunks."
@@ -633,18 +638,18 @@ class TaskFiles:
         self.part.unlink(missing_ok=True)
 
 # %% ../nbs/13_core_eval.ipynb #f3da009d
-def run_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreTask, folder: Path | None, done: Callable[[int], None]) -> TaskResult:
-    "Evaluate one task, or go on with it, or find it done."
+def run_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreTask, folder: Path | None, done: Callable[[int], None], skip: Callable[[int], None]) -> TaskResult:
+    "Evaluate one task, or go on with it, or find it done; `skip` is told how many items need no work."
     files = TaskFiles(folder, task)
     if (found := files.finished()) is not None:
-        done(len(data))
+        skip(len(data))
         return found
     known, spent = files.known()
     clock = [time.perf_counter()]
-    def keep(new: list[int]) -> None:
+    def keep(first: int, new: list[int]) -> None:
         clock.append(time.perf_counter())
-        files.keep(new, clock[-1] - clock[-2])
-    done(len(known))
+        files.keep(first, new, clock[-1] - clock[-2])
+    skip(len(known))
     predictions = predict_all(reader, tokenizer, data, task.meta, known, keep, done)
     got = accuracy(predictions, data, task.kind)
     result = TaskResult(task.label, got, task.centered(got), len(data), round(spent + clock[-1] - clock[0], 3), predictions)
@@ -668,7 +673,10 @@ def evaluate_core(model: Any, tokenizer: Any, bundle: Bundle, device: torch.devi
     reader, found = Reader(model, device, tokenizer.get_vocab_size(), budget, limit), []
     with Progress(sum(c * n for c, n in costs.values()), 'CORE', 'characters') as bar:
         for t in chosen:
-            found.append(run_task(reader, tokenizer, bundle.items(t)[:cut], t, folder, lambda n: bar.update(n * costs[t.label][0], task=t.label)))
+            cost, label = costs[t.label][0], t.label
+            def skip(n: int) -> None:
+                bar.n, bar.first = bar.n + n * cost, bar.first + n * cost  # neither rate nor ETA count what an earlier run did
+            found.append(run_task(reader, tokenizer, bundle.items(t)[:cut], t, folder, lambda n: bar.update(n * cost, task=label), skip))
     return summary(found, reader, bundle)
 
 def summary(found: Sequence[TaskResult], reader: Reader, bundle: Bundle) -> dict[str, Any]:

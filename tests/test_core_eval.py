@@ -278,7 +278,8 @@ def test_killed_in_the_middle_and_continued(mini, tokenizer, model, tmp_path, mo
     child.join()
     first, kept = json.loads((tmp_path/f'{mini.tasks[0].label}.json').read_text()), sum(len(r['predictions']) for r in read_jsonl(second))
     assert 0 < kept < len(mini.items(mini.tasks[1])) and not (tmp_path/f'{mini.tasks[3].label}.json').exists()
-    second.write_bytes(second.read_bytes() + b'{"predictions": [0, 0')  # as a kill inside a write would leave it
+    stranger = json.dumps(dict(first=0, predictions=[0] * 5, seconds=1.)).encode() + b'\n'  # from a second process that was started by mistake
+    second.write_bytes(second.read_bytes() + stranger + b'{"first": 10, "predictions": [0, 0')  # and a line as a kill inside a write leaves it
     asked, run = [], ce.predict
     monkeypatch.setattr(ce, 'predict', lambda r, tok, data, meta, indices, *a: asked.append((meta['dataset_uri'], len(indices))) or run(r, tok, data, meta, indices, *a))
     again = ce.evaluate_core(model, tokenizer, mini, 'cpu', folder=tmp_path)

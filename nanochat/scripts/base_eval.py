@@ -45,6 +45,7 @@ class BaseEvalConfig:
     bundle: str = ''  # folder or zip of the CORE bundle; empty: the one in the base directory
     core_tasks: str = ''  # some of its tasks, separated by commas; empty: all
     max_per_task: int = -1  # items of each task; -1: all
+    core_tokens: int = 0  # tokens per forward pass of CORE: lower it if memory runs out; 0: 4,096 on a CPU, 65,536 elsewhere
     core_bench: int = 0  # instead: compare batched with one-at-a-time scoring on so many items of each task
     hf: str = ''  # instead: CORE of a HuggingFace model, by name or folder
     device: str = ''  # cuda, mps or cpu; empty: the best there is
@@ -113,7 +114,7 @@ def core_result(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle,
     folder = core_folder(f'{name}-{which_core(cfg)}', bundle, mark, cfg.max_per_task, dtype)
     if cfg.force and get_ranks().is_main: shutil.rmtree(folder, ignore_errors=True)
     from_rank0(None)  # nobody looks before it is gone
-    r = evaluate_core(model, tokenizer, bundle, device, tasks=core_tasks(cfg), max_per_task=cfg.max_per_task, folder=folder)
+    r = evaluate_core(model, tokenizer, bundle, device, tasks=core_tasks(cfg), max_per_task=cfg.max_per_task, folder=folder, budget=cfg.core_tokens or None)
     if get_ranks().is_main: save_tables(r, bundle, folder, name)
     return dict(core=which_core(cfg), core_metric=r['core_metric'], core_complete=r['complete'], core_accuracy=r['results'], core_centered=r['centered_results'],
                 core_seconds=r['seconds'], core_folder=folder.name)
@@ -162,7 +163,7 @@ def evaluate_hf(cfg: BaseEvalConfig, device: torch.device) -> dict[str, Any]:
 def bench(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle | None, device: torch.device) -> dict[str, Any]:
     "Compare batched with one-at-a-time scoring; returns the rows of the table that it prints."
     if bundle is None: raise UserError('--core-bench needs tasks; leave --core none out, or give a longer corpus')
-    rows = core_bench(model, tokenizer, bundle, device, tasks=core_tasks(cfg), items=cfg.core_bench)
+    rows = core_bench(model, tokenizer, bundle, device, tasks=core_tasks(cfg), items=cfg.core_bench, budget=cfg.core_tokens or None)
     print0(bench_table(rows))
     return dict(bench=rows)
 
@@ -170,7 +171,7 @@ def bench(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle | None
 def mark_of(cfg: BaseEvalConfig, meta: dict[str, Any], corpus: Corpus, bundle: Bundle | None = None) -> str:
     "A hash of all that decides the result."
     weights = meta.get('files', {}).get('model.safetensors', {}).get('sha256')
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ('device', 'force', 'model_tag', 'step', 'bundle', 'core_bench')}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ('device', 'force', 'model_tag', 'step', 'bundle', 'core_bench', 'core_tokens')}
     return result_mark(settings, weights, corpus.manifest.get('fingerprint'), bundle and bundle.fingerprint())
 
 def earlier(mark: str, cfg: BaseEvalConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
@@ -197,6 +198,7 @@ def check_settings(cfg: BaseEvalConfig) -> None:
     if cfg.eval_tokens < 1 or cfg.device_batch_size < 1: raise UserError('eval_tokens and device_batch_size must be at least 1')
     if cfg.ngram_order < 1 or cfg.ngram_tokens < 0: raise UserError('ngram_order must be at least 1; give --ngram-tokens 0 to leave the n-gram out')
     if cfg.core_bench < 0: raise UserError('core_bench is a number of items; give 1 or more, or 0 for a normal evaluation')
+    if cfg.core_tokens < 0: raise UserError('core_tokens is a number of tokens; give 256 or more, or 0 for what suits the device')
     which_core(cfg)
 
 def text_scores(cfg: BaseEvalConfig, model: Any, tokenizer: RustBPETokenizer, corpus: Corpus) -> dict[str, float]:
