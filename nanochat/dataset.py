@@ -549,6 +549,7 @@ def download(jobs: Sequence[tuple[RemoteFile, Path]], desc: str, workers: int = 
                 if kind == 'failed': failures.append(value)
                 if kind == 'failed' and ('tries' not in str(value) or len(failures) == 3): break
         finally: stop.set()
+    for t in threads: t.join(2)  # let those that are not waiting for a server close their files
     if failures: raise failures[0]
 
 # %% ../nbs/02_dataset.ipynb #86d62809

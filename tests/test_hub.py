@@ -1,16 +1,15 @@
 """Downloads from a hub on the loopback that misbehaves: what arrives is whole or is not there, and what was begun is continued."""
-import contextlib, errno, hashlib, io, json, os, signal, subprocess, sys, threading, time
+import errno, hashlib, io, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hub_server import CONVERTED, Hub
+from hub_server import Hub
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.dataset import HUB, HubCorpus, HubManifest, download_corpus, hub_files, open_corpus, prepare_corpus
-from nanochat.tasks import common as tasks
+from nanochat.dataset import HUB, HubCorpus, download_corpus, open_corpus, prepare_corpus
 
 WEB = HUB['climbmix'].repo
 LAST = HUB['climbmix'].shards - 1
@@ -72,7 +71,7 @@ def test_what_is_here_is_not_asked_for_again(hub):
     before = len(hub.requests)
     assert prepare_corpus('climbmix', shards=2).manifest == prepare_corpus('climbmix').manifest == first.manifest and len(hub.requests) == before
     more = prepare_corpus('climbmix', shards=5)
-    assert [p for kind, p, _ in hub.requests[before:] if kind == 'bytes'] == names(2, 3, 4) or sorted(p for kind, p, _ in hub.requests[before:] if kind == 'bytes') == names(2, 3, 4)
+    assert sorted(p for kind, p, _ in hub.requests[before:] if kind == 'bytes') == names(2, 3, 4)
     assert list(more.documents('train'))[:800] == list(first.documents('train')) and more.manifest['fingerprint'] == first.manifest['fingerprint']
 
 
@@ -196,6 +195,19 @@ def test_a_lost_manifest_is_made_again_from_what_is_there(hub):
     assert prepare_corpus('climbmix', shards=2).manifest == corpus.manifest and not [r for r in hub.requests if r[0] == 'bytes']
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_any_series_of_faults_ends_well(hub, monkeypatch, seed):
+    """Up to four faults for each file, drawn at random: the corpus is the hub's, bit for bit, and nothing else lies about."""
+    monkeypatch.setattr(dataset, 'READ_TIMEOUT', .4)
+    rng = random.Random(seed)
+    kinds = [lambda: ('status', rng.choice([408, 429, 500, 502, 503, 504])), lambda: ('truncate', rng.randrange(400_000)), lambda: ('short', rng.randrange(1, 500_000)), lambda: ('corrupt', rng.randrange(500_000)),
+             lambda: ('long', rng.randrange(1, 9999)), lambda: ('ignore_range',), lambda: ('reset', rng.randrange(300_000)), lambda: ('stall', rng.randrange(300_000), .8), lambda: ('slow', 4_000_000)]
+    hub.faults.update({n: [rng.choice(kinds)() for _ in range(rng.randrange(5))] for n in SHARDS})
+    hub.faults['*'] = [('status', 503)]
+    corpus = prepare_corpus('climbmix', shards=6)
+    assert final_files(corpus.path) == names(*range(6), LAST) and not corpus.damaged() and not list(corpus.path.glob('.download/*.part'))
+
+
 def test_files_come_at_the_same_time(hub):
     together, most, lock = [0], [0], threading.Lock()
     fetch = dataset.receive
@@ -221,7 +233,7 @@ def small_disk(tmp_path, monkeypatch):
     if not done or done.returncode: pytest.skip('a small disk cannot be mounted here: ' + (done.stderr.strip() if done else sys.platform))
     monkeypatch.setenv('NANOCHAT_BASE_DIR', str(place))
     yield place
-    subprocess.run(['umount', str(place)], check=True)
+    subprocess.run(['umount', '-l', str(place)], check=True)  # lazily: a thread may still be closing its file
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, small_disk):
@@ -304,7 +316,7 @@ def test_in_the_background(hub, base_directory):
     wait_for(lambda: (base_directory/'corpora'/'climbmix'/'manifest.json').exists() and len(open_corpus('climbmix').shards('train')) == 3)
     log = base_directory/'corpora'/'climbmix'/'download.log'
     wait_for(lambda: 'climbmix train: 1200 documents' in log.read_text())
-    assert 'downloading climbmix' in log.read_text() and 'Traceback' not in log.read_text()
+    assert 'downloading climbmix' in log.read_text() and 'ETA' in log.read_text() and 'Traceback' not in log.read_text()
 
 
 def test_offline_says_what_to_type(base_directory):

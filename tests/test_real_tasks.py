@@ -1,8 +1,7 @@
 """Tasks of the hub, read through `huggingface_hub` from a hub on the loopback that serves the real data; all rows, not a sample, where that is quick."""
-import json, math, os, random, subprocess, sys, threading
+import json, os, subprocess, sys, threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +95,18 @@ def test_a_split_is_complete_or_absent(online, monkeypatch, base_directory):
         assert len(hub_dataset('a/b', 'all', 'train')) == 297 and [r[1] for r in hub.requests if r[0] == 'bytes'] == ['all/train/0001.parquet']
 
 
+def test_ranks_that_start_together_download_once(online, monkeypatch, base_directory):
+    with Hub() as hub:
+        monkeypatch.setenv('HF_ENDPOINT', hub.url)
+        hub.add('a/b', {f'all/train/{i:04d}.parquet': table([{'n': i}] * 99) for i in range(3)}, CONVERTED)
+        hub.faults['all/train/0001.parquet'] = [('slow', 2000)]
+        found = []
+        ranks = [threading.Thread(target=lambda: found.append(load_hub('a/b', 'all', 'train'))) for _ in range(4)]
+        for r in ranks: r.start()
+        for r in ranks: r.join()
+        assert [len(f) for f in found] == [297] * 4 and Counter(r[1] for r in hub.requests if r[0] == 'bytes') == {f'all/train/{i:04d}.parquet': 1 for i in range(3)}
+
+
 def test_rows_follow_their_files(base_directory):
     folder = place([{'n': 1}], 'a/b', 'c', 'train')
     assert load_hub('a/b', 'c', 'train') == [{'n': 1}]
@@ -161,6 +172,18 @@ def test_solutions_of_odd_shapes(solution, kinds):
     parts = solution_parts(solution)
     assert [p['type'] for p in parts] == [dict(t='text', p='python', o='python_output')[k] for k in kinds]
     check_conversation({'messages': [common.user('?'), common.assistant(parts)]})
+
+
+def test_results_are_read_and_never_learned(real, shared_data):
+    """Rendered, the mask covers what the assistant writes and calls, and leaves out what the calculator says."""
+    from nanochat.tokenizer import RustBPETokenizer
+    tokenizer = RustBPETokenizer.from_directory(shared_data/'reference'/'tokenizer')
+    for c in GSM8K(split='train', stop=60):
+        ids, mask = tokenizer.render_conversation(c, max_tokens=4096)
+        learned = tokenizer.decode([t for t, m in zip(ids, mask) if m])
+        written = ''.join('' if p['type'] == 'python_output' else p['text'] if p['type'] == 'text' else f"<|python_start|>{p['text']}<|python_end|>" for p in c['messages'][-1]['content'])
+        assert learned == written + '<|assistant_end|>'
+        assert tokenizer.decode(ids).startswith('<|bos|><|user_start|>' + c['messages'][0]['content'])
 
 
 # MMLU, ARC ----------------------------------------------------------------------------------------------------------
