@@ -7,8 +7,9 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling'
            'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Draw', 'Row',
            'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_group',
            'draw_tokens', 'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore',
-           'text_pieces', 'Engine', 'Busy', 'TicketState', 'Ticket', 'wake', 'Prefixes', 'Counters', 'dismiss_team',
-           'SchedulerLoop', 'SchedulerSteps', 'Columns', 'Scheduler']
+           'text_pieces', 'Engine', 'Busy', 'TicketState', 'TicketEnd', 'TicketNews', 'Ticket', 'wake', 'Prefixes',
+           'Counts', 'Counters', 'dismiss_team', 'SchedulerState', 'SchedulerEnds', 'SchedulerDelivery',
+           'SchedulerReading', 'SchedulerLoop', 'Columns', 'SchedulerQueue', 'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import asyncio, copy, ctypes, hashlib, itertools, threading, time
@@ -587,6 +588,9 @@ class TicketState:
         self.submitted, self.started, self.first_token, self.finished = time.perf_counter(), None, None, None  # seconds
         self._news, self._waiters = threading.Condition(), []
 
+# %% ../nbs/12_engine.ipynb #da13edf9
+class TicketEnd(TicketState):
+    "How a request ends."
     def done(self) -> bool:
         "Whether it has ended."
         return self.finish_reason is not None
@@ -601,22 +605,8 @@ class TicketState:
         self.finish_reason = reason
 
 # %% ../nbs/12_engine.ipynb #d0344708
-class Ticket(TicketState):
-    "A request that can be read as it is answered: `for token, mask in ticket`, or `async for`."
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for i in itertools.count():
-            with self._news: self._news.wait_for(lambda: len(self.tokens) > i or self.done())
-            if len(self.tokens) <= i: break
-            yield self.tokens[i]
-        if self.error: raise self.error
-
-    async def __aiter__(self):
-        for i in itertools.count():
-            while len(self.tokens) <= i and not self.done(): await self._more(i)
-            if len(self.tokens) <= i: break
-            yield self.tokens[i]
-        if self.error: raise self.error
-
+class TicketNews(TicketEnd):
+    "Waiting for more, and being told."
     async def _more(self, have: int) -> None:
         "Wait for news: more than `have` tokens, or the end, or a late word of what is known already."
         loop = asyncio.get_running_loop()
@@ -633,6 +623,24 @@ class Ticket(TicketState):
             waiters, self._waiters = self._waiters, []
         return waiters
 
+# %% ../nbs/12_engine.ipynb #e9c536b0
+class Ticket(TicketNews):
+    "A request that can be read as it is answered: `for token, mask in ticket`, or `async for`."
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for i in itertools.count():
+            with self._news: self._news.wait_for(lambda: len(self.tokens) > i or self.done())
+            if len(self.tokens) <= i: break
+            yield self.tokens[i]
+        if self.error: raise self.error
+
+    async def __aiter__(self):
+        for i in itertools.count():
+            while len(self.tokens) <= i and not self.done(): await self._more(i)
+            if len(self.tokens) <= i: break
+            yield self.tokens[i]
+        if self.error: raise self.error
+
+# %% ../nbs/12_engine.ipynb #dad5e36e
 def wake(tickets: list[Ticket]) -> None:
     "Tell everyone who reads one of these tickets that there is news."
     loops: dict[Any, list] = {}
@@ -662,9 +670,9 @@ class Prefixes:
         if best[1]: self._kept.append(self._kept.pop(used))
         return best
 
-# %% ../nbs/12_engine.ipynb #56809dd2
-class Counters:
-    "What a scheduler has done, and how fast lately."
+# %% ../nbs/12_engine.ipynb #7d4f2aca
+class Counts:
+    "What a scheduler has done, and when."
     def __init__(self):
         self.began = time.perf_counter()
         self.counts = dict.fromkeys(('submitted', 'finished', 'cancelled', 'failed', 'refused', 'prompt_tokens', 'generated_tokens', 'reused_tokens', 'steps'), 0)
@@ -681,6 +689,9 @@ class Counters:
         self._recent.append((now, tokens))
         while self._recent[0][0] < now - 10: self._recent.popleft()
 
+# %% ../nbs/12_engine.ipynb #3d5d3b2c
+class Counters(Counts):
+    "`Counts`, and what follows from them."
     def unfinished(self) -> int:
         "How many requests have not ended."
         return self.counts['submitted'] - self.counts['finished'] - self.counts['cancelled'] - self.counts['failed']
@@ -701,8 +712,8 @@ def dismiss_team() -> bool:
     except (StopIteration, OSError, AttributeError): return False
 
 # %% ../nbs/12_engine.ipynb #45adee5a
-class SchedulerLoop:
-    "The thread of a `Scheduler` and what it owns."
+class SchedulerState:
+    "What the thread of a `Scheduler` owns."
     def __init__(self, engine: Any, slots: int, limit: int, chunk: int, kept: int):
         self.engine, self.tokenizer, self.model = engine, engine.tokenizer, engine.model
         self.slots, self.limit, self.chunk = slots, limit, chunk
@@ -714,30 +725,13 @@ class SchedulerLoop:
 
     def _busy(self) -> bool: return bool(self.waiting or self.reading or (self.batch and self.batch.rows))
 
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            with self._work: self._work.wait_for(lambda: self._busy() or self._closing)
-            if not self._busy(): return
-            try: self._turn()
-            except Exception as e: self._fail(e)
+    def _unfinished(self) -> list[Ticket]:
+        with self._work: waiting, reading, batch = list(self.waiting), self.reading, self.batch  # each read once: the loop goes on meanwhile
+        return waiting + ([reading[0]] if reading else []) + ([row.request for row in batch.rows] if batch else [])
 
-    def _turn(self) -> None:
-        if self.batch is None: self._open()
-        self._cancel()
-        self.batch.feed()
-        while self._read_chunk() and self.batch.free and not self.batch.rows: self._cancel()  # nobody is kept waiting by reading on
-        if self.batch.rows: self._deliver(self.batch.take())
-
-    def _open(self) -> None:
-        self.batch = Batch(self.engine.runner(), self.slots, self.limit)
-        if self.batch.runner.reuses and self.prefixes.capacity: self.batch.leaving = self._keep
-
-    def _keep(self, row: Row, slot: int) -> None:
-        "Remember what a row that leaves has read and written."
-        tokens = row.request.prompt + [t for t, _ in row.request.tokens]
-        self.prefixes.keep(tokens[:self.batch.cache.known[slot]], self.batch.cache.kept(slot))
-
+# %% ../nbs/12_engine.ipynb #09c0ae51
+class SchedulerEnds(SchedulerState):
+    "How requests end."
     def _cancel(self) -> None:
         "Cancelled requests leave, wherever they are."
         gone = [t for t in list(self.waiting) if t.cancelled]
@@ -761,9 +755,38 @@ class SchedulerLoop:
         self.batch, self.reading = None, None
         self._end(tickets, 'error', error)
 
-# %% ../nbs/12_engine.ipynb #48eae005
-class SchedulerSteps(SchedulerLoop):
-    "Reading and decoding, a piece at a time."
+# %% ../nbs/12_engine.ipynb #02d5d5c9
+class SchedulerDelivery(SchedulerEnds):
+    "From a prompt to a row, from a row to its ticket, and what is remembered afterwards."
+    def _open(self) -> None:
+        self.batch = Batch(self.engine.runner(), self.slots, self.limit)
+        if self.batch.runner.reuses and self.prefixes.capacity: self.batch.leaving = self._keep
+
+    def _keep(self, row: Row, slot: int) -> None:
+        "Remember what a row that leaves has read and written."
+        tokens = row.request.prompt + [t for t, _ in row.request.tokens]
+        self.prefixes.keep(tokens[:self.batch.cache.known[slot]], self.batch.cache.kept(slot))
+
+    def _admit(self, ticket: Ticket, cache: Any, logits: Tensor) -> None:
+        row = new_row(self.tokenizer, ticket, 0, ticket.prompt_tokens, ticket.budget, ticket.seed, ticket.draw)
+        self.batch.admit(cache, logits, [row])
+        self.reading = None
+
+    def _deliver(self, step: list[tuple[Row, int]]) -> None:
+        "Give the tokens of one step to their tickets."
+        now = time.perf_counter()
+        for row, mask in step:
+            row.request.first_token = row.request.first_token or now
+            row.request.tokens.append((row.token, mask))
+        self.counters.step(len(step))
+        for reason in ('stop', 'length'):
+            ended = [row.request for row, _ in step if row.done and row.ended == (reason == 'stop')]
+            if ended: self._end(ended, reason)
+        wake([row.request for row, _ in step if not row.done])
+
+# %% ../nbs/12_engine.ipynb #873132ec
+class SchedulerReading(SchedulerDelivery):
+    "Reading prompts, a chunk at a time."
     def _next(self) -> None:
         "Begin the next waiting request: find what is known of its prompt."
         ticket, runner = self.waiting[0], self.batch.runner
@@ -793,22 +816,23 @@ class SchedulerSteps(SchedulerLoop):
         self.reading = ticket, cache, n + len(ids)
         if n + len(ids) == len(ticket.prompt): self._admit(ticket, cache, logits)
 
-    def _admit(self, ticket: Ticket, cache: Any, logits: Tensor) -> None:
-        row = new_row(self.tokenizer, ticket, 0, ticket.prompt_tokens, ticket.budget, ticket.seed, ticket.draw)
-        self.batch.admit(cache, logits, [row])
-        self.reading = None
+# %% ../nbs/12_engine.ipynb #4bc3c373
+class SchedulerLoop(SchedulerReading):
+    "The thread."
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._work: self._work.wait_for(lambda: self._busy() or self._closing)
+            if not self._busy(): return
+            try: self._turn()
+            except Exception as e: self._fail(e)
 
-    def _deliver(self, step: list[tuple[Row, int]]) -> None:
-        "Give the tokens of one step to their tickets."
-        now = time.perf_counter()
-        for row, mask in step:
-            row.request.first_token = row.request.first_token or now
-            row.request.tokens.append((row.token, mask))
-        self.counters.step(len(step))
-        for reason in ('stop', 'length'):
-            ended = [row.request for row, _ in step if row.done and row.ended == (reason == 'stop')]
-            if ended: self._end(ended, reason)
-        wake([row.request for row, _ in step if not row.done])
+    def _turn(self) -> None:
+        if self.batch is None: self._open()
+        self._cancel()
+        self.batch.feed()
+        while self._read_chunk() and self.batch.free and not self.batch.rows: self._cancel()  # nobody is kept waiting by reading on
+        if self.batch.rows: self._deliver(self.batch.take())
 
 # %% ../nbs/12_engine.ipynb #66c4bb54
 class Columns:
@@ -822,11 +846,8 @@ class Columns:
     __del__ = close
 
 # %% ../nbs/12_engine.ipynb #02df9963
-class Scheduler(SchedulerSteps):
-    """Many requests on one engine, continuously batched. One thread decodes; submit, read and cancel from any thread.
-
-    `slots`: answers written at once. `max_waiting`: requests that may wait for a slot before `Busy` is raised. `limit`: most tokens of prompt and
-    answer together, by default what the model was trained with. `chunk`: prompt tokens read between two steps. `kept`: conversations remembered."""
+class SchedulerQueue(SchedulerLoop):
+    "Taking requests in."
     def __init__(self, engine: Any, slots: int = 16, max_waiting: int = 64, limit: int | None = None, chunk: int = 128, kept: int | None = None):
         if slots < 1: raise UserError(f'{slots} slots are too few; use 1 or more')
         super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)
@@ -859,6 +880,12 @@ class Scheduler(SchedulerSteps):
         waiting = max(self.unfinished() - self.slots, 0)
         raise Busy(waiting, 1 + waiting // self.slots)
 
+# %% ../nbs/12_engine.ipynb #b3ecc98a
+class Scheduler(SchedulerQueue):
+    """Many requests on one engine, continuously batched. One thread decodes; submit, read and cancel from any thread.
+
+    `slots`: answers written at once. `max_waiting`: requests that may wait for a slot before `Busy` is raised. `limit`: most tokens of prompt and
+    answer together, by default what the model was trained with. `chunk`: prompt tokens read between two steps. `kept`: conversations remembered."""
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
                  seed: int = 42, top_p: float | None = None) -> Iterator[tuple[list[int], list[int]]]:
         "`Engine.generate` for one sample. Closing the iterator cancels the request."
@@ -880,10 +907,6 @@ class Scheduler(SchedulerSteps):
         if self._thread and drain: self._thread.join(timeout)
         for ticket in self._unfinished(): ticket.cancel()
         if self._thread: self._thread.join()
-
-    def _unfinished(self) -> list[Ticket]:
-        with self._work: waiting, reading, batch = list(self.waiting), self.reading, self.batch  # each read once: the loop goes on meanwhile
-        return waiting + ([reading[0]] if reading else []) + ([row.request for row in batch.rows] if batch else [])
 
     def __enter__(self) -> 'Scheduler': return self
     def __exit__(self, *exc: Any) -> None: self.close(drain=exc[0] is None)

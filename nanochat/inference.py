@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer', 'prepare_layers', 'unit', 'embedding_tables',
-           'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start', 'RingCache',
-           'attend', 'MergedGPT', 'MergedSteps', 'CachedGPT', 'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
+           'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start', 'RingViews',
+           'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches', 'MergedBlock', 'MergedSteps', 'CachedGPT',
+           'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
 from collections.abc import Callable
@@ -136,21 +137,6 @@ class RingMemory:
 
     batch_size = property(lambda self: self.rows, doc='How many slots are in use.')
 
-    def first(self, rows: int, places: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        "Per layer: the flat memory, and keys and values (rows * H_kv, at most `places`, D) of the first rows. Making views costs time, so they are kept for the next step."
-        if self._views[0] != (rows, places):
-            cut = lambda kv: (kv.view(-1, self.head_dim), *kv[:, :rows * self.heads, :places])
-            self._views = (rows, places), [cut(kv) for kv in self.kv]
-        return self._views[1]
-
-    def step_reach(self, window: int, R: int, rows: int, longest: int) -> 'Reach':
-        "`reach` for one new token in each of the first rows, on a CPU."
-        L, known = min(R, pad_to(longest, 64)), self.known[:rows]
-        if window not in self._biases: self._biases[window] = step_biases(window, R, self.lengths.device)
-        at = (self.start[R][:rows] + (self.lengths[:rows, None] % R)).flatten()
-        starts = torch.tensor([bias_start(p, R) for p in known for _ in range(self.heads)])
-        return Reach(at, self._biases[window].unfold(0, L, 1)[starts].unsqueeze(1))
-
     def by_slot(self, layer: int) -> Tensor:
         "A view (2, slots, H_kv, R, D) of one layer."
         return self.kv[layer].unflatten(1, (self.slots, self.heads))
@@ -188,10 +174,28 @@ def bias_start(position: int, R: int) -> int:
     "Where the piece for a position begins."
     return 2 * R - 1 - position if position < R else 3 * R + R - 1 - position % R
 
+# %% ../nbs/11_inference.ipynb #73f4cae7
+class RingViews(RingMemory):
+    "What a step needs of the memory."
+    def first(self, rows: int, places: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        "Per layer: the flat memory, and keys and values (rows * H_kv, at most `places`, D) of the first rows. Making views costs time, so they are kept for the next step."
+        if self._views[0] != (rows, places):
+            cut = lambda kv: (kv.view(-1, self.head_dim), *kv[:, :rows * self.heads, :places])
+            self._views = (rows, places), [cut(kv) for kv in self.kv]
+        return self._views[1]
+
+    def step_reach(self, window: int, R: int, rows: int, longest: int) -> 'Reach':
+        "`reach` for one new token in each of the first rows, on a CPU."
+        L, known = min(R, pad_to(longest, 64)), self.known[:rows]
+        if window not in self._biases: self._biases[window] = step_biases(window, R, self.lengths.device)
+        at = (self.start[R][:rows] + (self.lengths[:rows, None] % R)).flatten()
+        starts = torch.tensor([bias_start(p, R) for p in known for _ in range(self.heads)])
+        return Reach(at, self._biases[window].unfold(0, L, 1)[starts].unsqueeze(1))
+
 # %% ../nbs/11_inference.ipynb #856c6af0
-class RingCache(RingMemory):
-    "Ring memory whose rows are admitted, released, kept and continued."
-    def clear(self) -> 'RingCache':
+class RingCopies(RingViews):
+    "Copies of rows, between memories of one model and within one."
+    def clear(self) -> 'RingCopies':
         "All slots free."
         self.rows = 0
         return self
@@ -225,6 +229,9 @@ class RingCache(RingMemory):
         self.rows = len(order)
         return order
 
+# %% ../nbs/11_inference.ipynb #8070cc5f
+class RingCache(RingCopies):
+    "Ring memory whose rows are admitted, released, kept and continued."
     def kept(self, row: int) -> 'RingCache':
         "A copy of one row, to be continued later."
         copy = RingCache(self.windows, 1, self.length, self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
@@ -279,14 +286,40 @@ class MergedGPT:
         self.stream = torch.float32 if self.device.type == 'cpu' else self.dtype  # the residual stream: fp32 saves casts on a CPU
         self.x0 = torch.tensor([layer.x0 for layer in self.read_layers], device=self.device, dtype=self.stream)[:, None, None]
 
+# %% ../nbs/11_inference.ipynb #c5e7b6e8
+class MergedCaches(MergedGPT):
+    "The memory that goes with them."
     def new_cache(self, slots: int, length: int, chunk: int = 1) -> RingCache:
         "A cache for texts of at most `length` tokens, written at most `chunk` tokens at a time."
         windows = [layer.window for layer in self.read_layers]
         dtype = torch.float32 if self.device.type == 'cpu' else self.dtype
         return RingCache(windows, slots, length, self.kv_heads, self.head_dim, self.device, dtype, len(self.table) - 1, chunk)
 
-# %% ../nbs/11_inference.ipynb #c5e7b6e8
-class MergedSteps(MergedGPT):
+# %% ../nbs/11_inference.ipynb #ad5eb780
+class MergedBlock(MergedCaches):
+    "One block."
+    def queries(self, z: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        "From the merged product z, in place: queries (N, H, D), and keys and values (N * 2 H_kv, D). Turned by position, of unit length, value embeddings added."
+        H, n, D = self.heads, self.heads + 2 * self.kv_heads, self.head_dim
+        both = z[:, :n * D].view(-1, n, D)
+        qk = both[:, :n - self.kv_heads]
+        swapped = qk.roll(D // 2, -1)
+        qk.mul_(turn[0]).addcmul_(swapped, turn[1])
+        qk.div_(torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min_(1e-20))
+        if ve is not None: both[:, n - self.kv_heads:].addcmul_(torch.sigmoid(z[:, n * D:]).unsqueeze(-1), ve, value=3)
+        return both[:, :H], both[:, H:].reshape(-1, D)
+
+    def block(self, layer: Layer, x: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor], memory: tuple, reach: Reach, T: int) -> Tensor:
+        "One block: x (B * T, C), in place; writes the new keys and values."
+        flat, k, v = memory
+        q, new = self.queries(layer.qkv(unit(x).to(self.dtype)).to(flat.dtype), ve, turn)
+        flat.index_copy_(0, reach.at, new)
+        y = attend(q, k, v, reach, self.scale, T)
+        x = layer.proj.plus(y.to(self.dtype), x)
+        return layer.out.plus(layer.fc.relu2(unit(x).to(self.dtype)), x)
+
+# %% ../nbs/11_inference.ipynb #ea2ec819
+class MergedSteps(MergedBlock):
     "The pass itself."
     def hidden(self, ids: Tensor, cache: RingCache, longest: int, layers: list[Layer]) -> Tensor:
         "Final hidden states (B * T, C), of unit length, of ids (B, T) behind what the first B rows of `cache` hold. Does not advance it."
@@ -305,26 +338,6 @@ class MergedSteps(MergedGPT):
             x = self.block(layer, x, next(values) if layer.gated else None, turn, memory[i], reaches[layer.window], T)
             if i == len(layers) // 2: half = x
         return unit(x.sub(half, alpha=self.backout)).to(self.dtype)
-
-    def block(self, layer: Layer, x: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor], memory: tuple, reach: Reach, T: int) -> Tensor:
-        "One block: x (B * T, C), in place; writes the new keys and values."
-        flat, k, v = memory
-        q, new = self.queries(layer.qkv(unit(x).to(self.dtype)).to(flat.dtype), ve, turn)
-        flat.index_copy_(0, reach.at, new)
-        y = attend(q, k, v, reach, self.scale, T)
-        x = layer.proj.plus(y.to(self.dtype), x)
-        return layer.out.plus(layer.fc.relu2(unit(x).to(self.dtype)), x)
-
-    def queries(self, z: Tensor, ve: Tensor | None, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        "From the merged product z, in place: queries (N, H, D), and keys and values (N * 2 H_kv, D). Turned by position, of unit length, value embeddings added."
-        H, n, D = self.heads, self.heads + 2 * self.kv_heads, self.head_dim
-        both = z[:, :n * D].view(-1, n, D)
-        qk = both[:, :n - self.kv_heads]
-        swapped = qk.roll(D // 2, -1)
-        qk.mul_(turn[0]).addcmul_(swapped, turn[1])
-        qk.div_(torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min_(1e-20))
-        if ve is not None: both[:, n - self.kv_heads:].addcmul_(torch.sigmoid(z[:, n * D:]).unsqueeze(-1), ve, value=3)
-        return both[:, :H], both[:, H:].reshape(-1, D)
 
 # %% ../nbs/11_inference.ipynb #3da3c350
 class CachedGPT(MergedSteps):

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 import nanochat.inference as inference
 from nanochat.common import UserError
 from nanochat.gpt import SOFTCAP
-from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, Reach, RingMemory, attend, linear_forms, reach, ring_size, runner_for, works
+from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, Reach, RingCache, attend, linear_forms, reach, ring_size, runner_for, works
 from test_engine import random_gpt
 
 CPU = torch.device('cpu')
@@ -228,7 +228,7 @@ def test_bits_do_not_depend_on_the_company_with_two_threads():
 @few(60)
 @given(st.sampled_from([1, 64, 100, 128, 256]), st.lists(st.integers(0, 999), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3))
 def test_step_reach_equals_reach(window, known, heads, groups):
-    memory = RingMemory([window], 5, 1000, heads, 2, CPU, torch.float32, 0)
+    memory = RingCache([window], 5, 1000, heads, 2, CPU, torch.float32, 0)
     memory.known[:len(known)] = known
     memory.lengths[:len(known)] = torch.tensor(known)
     R, B, longest = memory.rings[0], len(known), max(known) + 1
@@ -241,7 +241,7 @@ def test_step_reach_equals_reach(window, known, heads, groups):
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=4), st.sampled_from([1, 2, 64, 65]), st.integers(1, 3), st.integers(1, 3), st.sampled_from([64, 256]), st.integers(0, 99))
 def test_attention_of_a_gpu_equals_that_of_a_cpu(before, T, heads, groups, window, seed):
     """The fused kernel behind a mask and the two products with a bias, on the same places."""
-    memory, g = RingMemory([window], 4, 1000, heads, 8, CPU, torch.float32, 0), torch.Generator().manual_seed(seed)
+    memory, g = RingCache([window], 4, 1000, heads, 8, CPU, torch.float32, 0), torch.Generator().manual_seed(seed)
     pos = torch.tensor(before)[:, None] + torch.arange(T)
     where = reach(memory, window, memory.rings[0], pos, max(before) + T, groups)
     B, L = len(before), where.seen.shape[-1]
