@@ -598,8 +598,9 @@ class HubManifest:
         atomic_write(self.folder/'manifest.json', json.dumps(manifest, indent=1))
 
 # %% ../nbs/02_dataset.ipynb #37ee695e
-def check_shards(name: str, shards: int) -> None:
-    "Raise `UserError` unless a hub corpus has so many training shards."
+def check_shards(name: str, shards: int, workers: int) -> None:
+    "Raise `UserError` unless a hub corpus has so many training shards, and there is someone to fetch them."
+    if workers < 1: raise UserError(f'{workers} workers download nothing; leave out --workers for the usual 8')
     if not 1 <= shards < HUB[name].shards: raise UserError(f"{shards} shards are not to be had: '{name}' has 1 to {HUB[name].shards - 1} for training; the last one is always validation")
 
 def hub_listing(m: HubManifest, shards: int) -> dict[str, RemoteFile]:
@@ -640,7 +641,7 @@ def download_corpus(name: str, shards: int | None = None, force: bool = False, w
     with everything here the network is not touched. Default: what is here, or 8. `force` hashes what is here and replaces what is damaged."""
     m = HubManifest(name)
     shards = shards or max(len(m.saved.get('shards', [])) - 1, 0) or 8
-    check_shards(name, shards)
+    check_shards(name, shards, workers)
     if not force and not m.missing(shards): return open_corpus(name)
     files = hub_listing(m, shards)  # before anything is written
     with sole(m.folder, lambda: not force and not HubManifest(name).missing(shards)) as mine:
@@ -655,7 +656,7 @@ def download_corpus(name: str, shards: int | None = None, force: bool = False, w
 # %% ../nbs/02_dataset.ipynb #896e89d8
 def in_background(name: str, shards: int, workers: int = 8) -> Path:
     "Start a process of its own that downloads, and say how to watch it; returns its log. Raises `UserError` at once if it could not begin."
-    check_shards(name, shards)
+    check_shards(name, shards, workers)
     m = HubManifest(name)
     if not m.missing(shards):
         print0(f'all {shards} shards of {name} are here')

@@ -156,6 +156,7 @@ def test_trouble_with_the_listing(hub, base_directory, monkeypatch):
 def test_bad_requests(hub):
     for kwargs, sentence in ((dict(shards=LAST + 1), 'has 1 to 6542 for training; the last one is always validation'), (dict(max_bytes=1000), 'instead of max_bytes give a number of shards')):
         with pytest.raises(UserError, match=sentence): prepare_corpus('climbmix', **kwargs)
+    with pytest.raises(UserError, match='0 workers download nothing'): download_corpus('climbmix', 2, workers=0)
     with pytest.raises(UserError, match='only a corpus of the hub has a number of shards'): prepare_corpus('stdlib', shards=3)
     assert not hub.requests
 
@@ -221,6 +222,22 @@ def test_files_come_at_the_same_time(hub):
         m.setattr(dataset, 'receive', watched)
         download_corpus('climbmix', 7, workers=4)
     assert most[0] == 4
+
+
+def test_training_goes_on_exactly_while_shards_come_in(hub, shared_data):
+    """A loader resumed after the corpus has grown gives the very batches that it would have given."""
+    import torch
+    from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as loader
+    from nanochat.tokenizer import RustBPETokenizer
+    tokenizer = RustBPETokenizer.from_directory(shared_data/'reference'/'tokenizer')
+    batches = lambda state=None: loader(tokenizer, 2, 256, 'train', corpus='climbmix', buffer_size=100, resume_state_dict=state)
+    prepare_corpus('climbmix', shards=3)
+    first = batches()
+    for _ in range(10): *_, state = next(first)
+    expected = [next(first)[0] for _ in range(10)]
+    prepare_corpus('climbmix', shards=6)
+    resumed = batches(state)
+    assert all(torch.equal(next(resumed)[0], x) for x in expected)
 
 
 # Disks that fill up -------------------------------------------------------------------------------------------------

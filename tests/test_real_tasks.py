@@ -121,7 +121,7 @@ def test_rows_follow_their_files(base_directory):
 def test_offline_every_task_says_what_to_do(base_directory):
     for make in (GSM8K, MMLU, ARC, SmolTalk):
         with pytest.raises(UserError, match='is not on this machine.*HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE. Or copy its parquet files to'): make()
-    for args, sentence in ((['gsm9k'], "there is no task data 'gsm9k'; use all, or some of: gsm8k, mmlu"), (['words'], 'the word list must be downloaded, and HF_HUB_OFFLINE forbids it')):
+    for args, sentence in (([], 'name the data to download: all, or some of: gsm8k'), (['gsm9k'], "there is no task data 'gsm9k'; use all, or some of: gsm8k, mmlu"), (['words'], 'the word list must be downloaded, and HF_HUB_OFFLINE forbids it')):
         done = subprocess.run([sys.executable, '-m', 'nanochat.tasks.common', *args], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
     assert not (base_directory/'task_data').exists()

@@ -359,6 +359,7 @@ TASK_DATA = {
 
 def fetch_task_data(names: Sequence[str]) -> None:
     "Download the data of the named tasks ('all' for all) and say what is there. Raises `UserError`."
+    if not names: raise UserError(f"name the data to download: all, or some of: {', '.join(TASK_DATA)}")
     names = list(TASK_DATA) if 'all' in names else list(names)
     if unknown := [n for n in names if n not in TASK_DATA]: raise UserError(f"there is no task data '{unknown[0]}'; use all, or some of: {', '.join(TASK_DATA)}")
     for name in names:
@@ -367,7 +368,7 @@ def fetch_task_data(names: Sequence[str]) -> None:
 
 def main() -> None:
     "`python -m nanochat.tasks.common all`, or the names of some tasks."
-    try: fetch_task_data(sys.argv[1:] or ['nothing'])
+    try: fetch_task_data(sys.argv[1:])
     except UserError as e: print(f'error: {e}', file=sys.stderr); raise SystemExit(2)
 
 # %% ../../nbs/tasks/00_common.ipynb #44952aa2
