@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHARE', 'TIE', 'CHUNK', 'URL', 'MINI', 'examples_for', 'parts', 'gold_of', 'render_prompts', 'Row',
-           'common_prefix', 'crop', 'rows_of', 'judge', 'decide', 'padded', 'positions', 'all_logits', 'per_row',
-           'score_plainly', 'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'in_batches',
-           'PackedLinear', 'PackedMLP', 'LastBlock', 'reading_copy', 'Counts', 'Reader', 'judged', 'score_rows',
-           'shared_prefix', 'new_cache', 'score_shared', 'score_items', 'predict', 'world', 'from_rank0', 'combine',
-           'predict_all', 'accuracy', 'evaluate_task', 'check_enough', 'CoreTask', 'Bundle', 'line_fault',
-           'parse_items', 'parse_tasks', 'make_bundle', 'open_folder', 'open_zip', 'open_bundle', 'BundleConfig',
-           'download', 'fetch_bundle', 'windows', 'words_of', 'mini_next_line', 'mini_docstring', 'with_gold',
-           'mini_last_word', 'mini_swapped_word', 'mini_bundle', 'choose_tasks', 'reading_cost', 'TaskResult',
-           'TaskFiles', 'run_task', 'evaluate_core', 'summary', 'references', 'core_csv', 'core_figure', 'save_tables',
-           'bench_task', 'core_bench', 'bench_table', 'main']
+           'common_prefix', 'crop', 'rows_of', 'judge', 'decide', 'padded', 'positions', 'all_logits', 'score_plainly',
+           'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'in_batches', 'PackedLinear', 'PackedMLP',
+           'LastBlock', 'reading_copy', 'Counts', 'Reader', 'per_row', 'judged', 'score_rows', 'shared_prefix',
+           'new_cache', 'score_shared', 'score_items', 'predict', 'world', 'from_rank0', 'combine', 'predict_all',
+           'accuracy', 'evaluate_task', 'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items',
+           'parse_tasks', 'make_bundle', 'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download',
+           'fetch_bundle', 'windows', 'words_of', 'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word',
+           'mini_swapped_word', 'mini_bundle', 'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task',
+           'evaluate_core', 'summary', 'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task',
+           'core_bench', 'bench_table', 'main']
 
 # %% ../nbs/13_core_eval.ipynb #d9bc3034
 import copy, csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import Progress, UserError, append_jsonl, atomic_file, atomic_write, base_dir, cli, human_time, print0, read_jsonl
@@ -128,19 +129,15 @@ def all_logits(model: Any, ids: Tensor) -> Tensor:
     return getattr(out, 'logits', out)
 
 # %% ../nbs/13_core_eval.ipynb #7dde4f60
-def per_row(loss: Tensor, lead: Tensor, lengths: Sequence[int]) -> list[tuple[float, float]]:
-    "(mean loss, least lead) of each of consecutive stretches of the given lengths."
-    first = np.cumsum([0, *lengths[:-1]])
-    loss, lead = (t.cpu().numpy() for t in (loss, lead))
-    return list(zip((np.add.reduceat(loss, first) / lengths).tolist(), np.minimum.reduceat(lead, first).tolist()))
-
 @torch.inference_mode()
 def score_plainly(model: Any, rows: Sequence[Row], device: torch.device | str) -> list[tuple[float, float]]:
-    "(mean loss, least lead) of each row, from the logits of all positions."
-    logits = all_logits(model, padded([r.ids for r in rows], device))
-    r, c = positions([(row.start - 1, row.end - 1) for row in rows], device)  # position t predicts token t + 1
-    targets = torch.from_numpy(np.concatenate([row.ids[row.start:row.end] for row in rows]).astype(np.int64)).to(device)
-    return per_row(*judge(logits[r, c].float(), targets), [row.end - row.start for row in rows])
+    "(mean loss, 1 or -1) of each row, 1 if every token is the model's best; from the losses and best tokens of all positions, as the public project does it."
+    ids = padded([r.ids for r in rows], device)
+    logits, targets = all_logits(model, ids), ids.roll(-1, 1)  # position t predicts token t + 1
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none').view_as(ids)
+    best = logits.argmax(-1) == targets
+    spans = [(i, slice(r.start - 1, r.end - 1)) for i, r in enumerate(rows)]
+    return [(losses[s].mean().item(), 1. if best[s].all() else -1.) for s in spans]
 
 # %% ../nbs/13_core_eval.ipynb #1035e27a
 def context_limit(model: Any) -> int | None:
@@ -205,11 +202,11 @@ class LastBlock(nn.Module):
 
 # %% ../nbs/13_core_eval.ipynb #36889018
 def reading_copy(model: GPT) -> GPT:
-    "A model for reading alone, its weights cast once and, in fp32 on a CPU, packed; its last block is a `LastBlock`. It shares all else."
+    "A model for reading alone, its weights cast once and, on a CPU, packed; its last block is a `LastBlock`. It shares all else."
     twin = inference_copy(model)
     twin = copy.deepcopy(twin, {id(t): t for t in (*twin.parameters(), *twin.buffers())})  # only the tree of modules is new
     blocks = twin.transformer.h
-    if model.get_device().type == 'cpu' and model_dtype(model) == torch.float32 and works(Packed, torch.float32):
+    if model.get_device().type == 'cpu' and works(Packed, model_dtype(model)):
         for block in blocks:
             block.mlp = PackedMLP(block.mlp)
             for name in ('c_q', 'c_k', 'c_v', 'c_proj'): setattr(block.attn, name, PackedLinear(getattr(block.attn, name)))
@@ -247,6 +244,12 @@ class Reader:
         return self.gpt.trunk(ids, cache)[at]
 
 # %% ../nbs/13_core_eval.ipynb #1365c1f0
+def per_row(loss: Tensor, lead: Tensor, lengths: Sequence[int]) -> list[tuple[float, float]]:
+    "(mean loss, least lead) of each of consecutive stretches of the given lengths."
+    first = np.cumsum([0, *lengths[:-1]])
+    loss, lead = (t.cpu().numpy() for t in (loss, lead))
+    return list(zip((np.add.reduceat(loss, first) / lengths).tolist(), np.minimum.reduceat(lead, first).tolist()))
+
 def judged(reader: Reader, x: Tensor, answers: Sequence[np.ndarray]) -> list[tuple[float, float]]:
     "(mean loss, least lead) per row: x, from `Reader.read`, are the states or logits that predict the tokens of `answers`, one after another."
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(x.device)
