@@ -132,6 +132,19 @@ def test_batches_read_far_fewer_tokens(bundle, prose, fp32):
         assert reader.counts.tokens < most * alone, label
 
 
+def test_examples_are_drawn_from_all_others():
+    data = [dict(n=i) for i in range(13)]
+    for i in range(13):
+        for n in (0, 5, 12): assert ce.examples_for(data, i, n) == random.Random(1234 + i).sample([x for x in data if x['n'] != i], n)
+
+
+def test_items_are_shuffled_before_the_cut(tmp_path):
+    b = ce.open_bundle(small_bundle(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path/DATA).read_text().splitlines()]
+    random.Random(1337).shuffle(lines)
+    assert b.items(b.tasks[0]) == lines == b.items(b.tasks[0])
+
+
 def test_centred_scores_reproduce_the_published_ones(bundle):
     """GPT-2's accuracies in the bundle, centred by our baselines, give its published centred scores and CORE."""
     published = ce.references(bundle)
