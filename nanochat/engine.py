@@ -586,7 +586,7 @@ class TicketState:
         self.error: Exception | None = None
         self.cancelled = False
         self.submitted, self.started, self.first_token, self.finished = time.perf_counter(), None, None, None  # seconds
-        self._news, self._waiters = threading.Condition(), []
+        self._news, self._waiters, self._enders = threading.Condition(), [], []
 
 # %% ../nbs/12_engine.ipynb #da13edf9
 class TicketEnd(TicketState):
@@ -616,11 +616,23 @@ class TicketNews(TicketEnd):
             self._waiters.append((loop, future))
         await future
 
+    async def pause(self, seconds: float) -> None:
+        "Let tokens gather for a while; not longer than until the end."
+        if seconds <= 0: return await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        with self._news:
+            if self.done(): return
+            future = loop.create_future()
+            self._enders.append((loop, future))
+        await asyncio.wait([future], timeout=seconds)
+        with self._news: self._enders = [e for e in self._enders if e[1] is not future]
+
     def notify(self) -> list[tuple[Any, Any]]:
         "Wake readers in threads; returns the (loop, future) pairs to wake."
         with self._news:
             self._news.notify_all()
             waiters, self._waiters = self._waiters, []
+            if self.done(): waiters, self._enders = waiters + self._enders, []
         return waiters
 
 # %% ../nbs/12_engine.ipynb #e9c536b0

@@ -327,7 +327,7 @@ async def texts(choice: Choice) -> AsyncIterator[str]:
         if new and choice.tokens >= len(choice.ticket.tokens):
             yield new
             new = ''
-            await asyncio.sleep(choice.pace)
+            await choice.ticket.pause(choice.pace)
     choice.ticket.cancel()  # nothing more is needed; a finished ticket does not mind
     new += '' if choice.cutter.hit else choice.finish()
     if new: yield new
