@@ -1,4 +1,6 @@
 """Ranking whole answers by mean loss, the tasks that are ranked, and the samples that reach the report."""
+import shutil
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from nanochat.report import generate_report
 from nanochat.scripts.chat_eval import (TASKS, ChatEvalConfig, TaskSpec, accuracy, answers_to, chat_eval, evaluate_task, evaluate_task_ranked, make_task, mean_losses,
                                         samples_from, score_line, targets_of, task_names)
 from nanochat.tasks.arithmetic import Arithmetic
-from nanochat.tasks.common import Task, assistant, completion_text, user
+from nanochat.tasks.common import TASK_DATA, Task, assistant, completion_text, hub_folder, user
 from nanochat.tasks.pydoc import PyDoc
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -114,6 +116,23 @@ def test_names_of_the_pydoc_tasks():
         assert ('choices' in task[0]) == (kind in ('name', 'pick')) and task.eval_type == ('categorical' if kind == 'choice' else 'generative')
     assert not any(c in task[0]['messages'][0]['content'] for task in [make_task('pydoc')] for c in task[0]['choices'])
     assert task_names(ChatEvalConfig().tasks) == ['spellingbee', 'simplespelling', 'arithmetic', 'arithmetic3', 'pydoc']
+
+
+def test_names_of_groups():
+    assert task_names('chatcore') == ['arc-easy', 'arc-challenge', 'mmlu', 'gsm8k', 'humaneval', 'spellingbee']
+    assert not any(TASKS[n].hub for n in task_names('all')) and task_names('all,gsm8k')[-1] == 'gsm8k'
+
+
+@pytest.mark.parametrize('name', ['arc-easy', 'arc-challenge', 'mmlu', 'gsm8k', 'humaneval'])
+def test_public_benchmarks_from_files_copied_by_hand(name, shared_data, base_directory):
+    """A machine without network: the hub's files lie in task_data/hub, as the README says. Marked by the same code as everything else."""
+    for repo, config, split in TASK_DATA['arc' if name.startswith('arc') else name]:
+        source = shared_data/'hub'/repo/config/split
+        if source.exists(): shutil.copytree(source, hub_folder(repo, config, split), dirs_exist_ok=True)
+    task = make_task(name, 'test', 6)
+    assert len(task) == 6 and all(task.evaluate(task[i], completion_text(task[i])) == 1 for i in range(6)), 'the right answer is right'
+    records = evaluate_task(task, Engine(tiny(), TOK, 'compute'), max_problems=6, max_tokens=4)
+    assert [r['index'] for r in records] == list(range(6)) and all(r['correct'] in (0, 1) and r['question'] for r in records)
 
 
 def test_a_random_model_is_near_chance_on_pydoc():

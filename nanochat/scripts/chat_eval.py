@@ -22,18 +22,23 @@ from ..checkpoint_manager import load_model, newest_tag, run_dir
 from ..common import Progress, UserError, atomic_write, cli, detect_device, distributed, get_ranks, print0
 from ..engine import Engine, last_logits
 from ..report import log_result, recall_result, result_mark
+from ..tasks.arc import ARC
 from ..tasks.arithmetic import Arithmetic
 from ..tasks.common import Task, assistant, completion_text
+from ..tasks.gsm8k import GSM8K
+from ..tasks.humaneval import HumanEval
+from ..tasks.mmlu import MMLU
 from ..tasks.pydoc import PyDoc
 from ..tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #dd685234
 @dataclass(frozen=True)
 class TaskSpec:
-    "A task by name: `make(size, split)`, the accuracy of guessing, the longest answer in tokens."
+    "A task by name: `make(size, split)`, the accuracy of guessing, the longest answer in tokens, whether its data comes from the hub."
     make: Callable[[int, str], Task]
     chance: float
     max_tokens: int = 64
+    hub: bool = False
 
 TASKS: dict[str, TaskSpec] = {
     'spellingbee': TaskSpec(lambda size, split: SpellingBee(size, split), 0.0),
@@ -45,6 +50,11 @@ TASKS: dict[str, TaskSpec] = {
     'pydoc-pick': TaskSpec(lambda size, split: PyDoc(size, split, kind='pick'), 0.25),
     'pydoc-choice': TaskSpec(lambda size, split: PyDoc(size, split, kind='choice'), 0.25),
     'pydoc-qa': TaskSpec(lambda size, split: PyDoc(size, split, kind='qa'), 0.0, 128),
+    'arc-easy': TaskSpec(lambda size, split: ARC('ARC-Easy', split, stop=size), 0.25, hub=True),
+    'arc-challenge': TaskSpec(lambda size, split: ARC('ARC-Challenge', split, stop=size), 0.25, hub=True),
+    'mmlu': TaskSpec(lambda size, split: MMLU('all', 'auxiliary_train' if split == 'train' else split, stop=size), 0.25, hub=True),
+    'gsm8k': TaskSpec(lambda size, split: GSM8K('main', split, stop=size), 0.0, 512, hub=True),
+    'humaneval': TaskSpec(lambda size, split: HumanEval(stop=size), 0.0, 512, hub=True),
 }
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #8ad9ef57
@@ -54,8 +64,10 @@ def make_task(name: str, split: str = 'test', size: int = 1000) -> Task:
     return TASKS[name].make(size, split)
 
 def task_names(text: str) -> list[str]:
-    "Names from a comma-separated list, checked; 'all' stands for every task."
-    names = list(TASKS) if text == 'all' else [n.strip() for n in text.split(',') if n.strip()]
+    "Names from a comma-separated list, checked; 'all' stands for every task that needs no download, 'chatcore' for the public project's six."
+    groups = {'all': [n for n, spec in TASKS.items() if not spec.hub], 'chatcore': [n for n, spec in TASKS.items() if spec.hub] + ['spellingbee']}
+    names = [n.strip() for n in text.split(',') if n.strip()]
+    names = [n for name in names for n in groups.get(name, [name])]
     if not names: raise UserError(f"no task is named; use 'all' or some of: {', '.join(TASKS)}")
     for n in names:
         if n not in TASKS: raise UserError(f"there is no task '{n}'; use 'all' or some of: {', '.join(TASKS)}")
@@ -193,11 +205,12 @@ class ChatEvalConfig:
     source: str = 'sft'  # which stage's model: base, mid, sft or rl
     model_tag: str | None = None  # the run's name; the deepest of the stage if left out
     step: int | None = None  # which checkpoint; the newest if left out
-    tasks: str = 'spellingbee,simplespelling,arithmetic,arithmetic3,pydoc'  # names separated by commas, or 'all'
+    tasks: str = 'spellingbee,simplespelling,arithmetic,arithmetic3,pydoc'  # names separated by commas, 'all' of those without downloads, or 'chatcore'
     max_problems: int = 200  # items per task
     max_new_tokens: int | None = None  # longest answer in tokens; each task knows a good value
     batch_size: int = 64  # answers decoded at the same time
     device: str | None = None  # cpu, cuda or mps; the best there is if left out
+    i_understand: bool = False  # run code the model writes for humaneval even where it cannot be isolated
     force: bool = False  # mark again what was marked before
 
 def check_settings(cfg: ChatEvalConfig) -> list[str]:
@@ -223,6 +236,7 @@ def score_task(name: str, engine: Engine, cfg: ChatEvalConfig) -> tuple[dict[str
     "Score and records of one task."
     spec, start = TASKS[name], time.monotonic()
     task = make_task(name, 'test', cfg.max_problems)
+    if isinstance(task, HumanEval): task.settings['i_understand'] = cfg.i_understand
     with Progress(len(chosen(task, cfg.max_problems)), name, 'questions') as bar:
         records = evaluate_task(task, engine, max_problems=cfg.max_problems, max_tokens=cfg.max_new_tokens or spec.max_tokens, batch_size=cfg.batch_size, bar=bar)
     score = dict(accuracy=accuracy(records), chance=spec.chance, n=len(records), reward=sum(r['reward'] for r in records) / max(len(records), 1))
