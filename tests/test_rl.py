@@ -293,6 +293,6 @@ def test_chat_eval_records_everything(capsys, monkeypatch):
 
 def test_scores_and_names():
     assert centered(0.25, 0.25) == 0 and centered(1, 0.25) == 1 and chat_core({'a': dict(accuracy=1.0, chance=0.25), 'b': dict(accuracy=0.0, chance=0.0)}) == 0.5
-    assert task_names('all') == list(TASKS) and task_names(' pydoc , arithmetic') == ['pydoc', 'arithmetic']
+    assert task_names('all') == [n for n in TASKS if not TASKS[n].hub] and task_names(' pydoc , arithmetic') == ['pydoc', 'arithmetic']
     for bad in ('', 'pydoc,chess'):
         with pytest.raises(UserError, match='use'): task_names(bad)
