@@ -834,6 +834,7 @@ class SchedulerLoop(SchedulerReading):
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
+            if not self._busy(): dismiss_team()  # whoever computes next, here or elsewhere, starts with all cores
             with self._work: self._work.wait_for(lambda: self._busy() or self._closing)
             if not self._busy(): return
             try: self._turn()

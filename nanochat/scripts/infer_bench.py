@@ -25,7 +25,7 @@ from torch import nn
 
 from ..checkpoint_manager import load_model
 from ..common import Progress, UserError, cli, compute_dtype, cpu_name, detect_device, peak_memory_bytes
-from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, model_dtype, sample_next_token
+from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, dismiss_team, model_dtype, sample_next_token
 from ..gpt import GPT
 from ..inference import Int8, linear_forms
 from ..scaling import gpt_config
@@ -377,6 +377,7 @@ class Served:
 
 def serve_together(scheduler: Scheduler, texts: list[list[int]], new: int, draw: Draw) -> Served:
     "All requests at once."
+    dismiss_team()  # of this thread, which has been computing: the scheduler computes in its own
     t0 = time.perf_counter()
     tickets = [scheduler.submit(p, max_tokens=new, temperature=draw.temperature, top_k=draw.top_k, seed=i) for i, p in enumerate(texts)]
     answers = [[token for token, _ in t] for t in tickets]
