@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'SHARE', 'TIE', 'CHUNK', 'URL', 'MINI', 'examples_for', 'parts', 'gold_of', 'render_prompts', 'Row',
            'common_prefix', 'crop', 'rows_of', 'judge', 'decide', 'padded', 'positions', 'all_logits', 'score_plainly',
-           'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'in_batches', 'PackedLinear', 'PackedMLP',
-           'LastBlock', 'reading_copy', 'Counts', 'Reader', 'per_row', 'judged', 'score_rows', 'shared_prefix',
-           'new_cache', 'score_shared', 'score_items', 'predict', 'world', 'from_rank0', 'combine', 'predict_all',
-           'accuracy', 'evaluate_task', 'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items',
-           'parse_tasks', 'make_bundle', 'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download',
-           'fetch_bundle', 'windows', 'words_of', 'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word',
-           'mini_swapped_word', 'mini_bundle', 'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task',
-           'evaluate_core', 'summary', 'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task',
-           'core_bench', 'bench_table', 'main']
+           'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'PackedLinear', 'PackedMLP', 'LastBlock',
+           'reading_copy', 'Counts', 'Reader', 'per_row', 'judged', 'score_rows', 'shared_prefix', 'score_shared',
+           'score_items', 'predict', 'world', 'from_rank0', 'combine', 'predict_all', 'accuracy', 'evaluate_task',
+           'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items', 'parse_tasks', 'make_bundle',
+           'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download', 'fetch_bundle', 'windows', 'words_of',
+           'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word', 'mini_swapped_word', 'mini_bundle',
+           'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task', 'evaluate_core', 'summary',
+           'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task', 'core_bench', 'bench_table', 'main']
 
 # %% ../nbs/13_core_eval.ipynb #d9bc3034
 import copy, csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from .common import Progress, UserError, append_jsonl, atomic_file, atomic_write, base_dir, cli, human_time, print0, read_jsonl
 from .dataset import Corpus
-from .engine import KVCache, inference_copy, model_dtype
+from .engine import ForwardRunner, KVCache, in_batches, inference_copy, model_dtype
 from .gpt import GPT, norm, softcapped_logits
 from .inference import Packed, works
 
@@ -163,18 +162,6 @@ def evaluate_example(idx: int, model: Any, tokenizer: Any, data: Sequence[dict],
     "Whether the model gets item `idx` of `data` right, scored by itself."
     return predict_one(idx, model, tokenizer, data, device, task_meta) == gold_of(data[idx], task_meta['task_type'])
 
-# %% ../nbs/13_core_eval.ipynb #122f51b6
-def in_batches(lengths: Sequence[int], budget: int, key: Callable[[int], Any] | None = None) -> list[list[int]]:
-    "Indices, sorted by `key` (by length if None), in batches of at most `budget` tokens with padding, or one row."
-    out, longest = [[]], 0
-    for i in sorted(range(len(lengths)), key=key or lengths.__getitem__):
-        longest = max(longest, lengths[i])
-        if out[-1] and longest * (len(out[-1]) + 1) > budget:
-            out.append([])
-            longest = lengths[i]
-        out[-1].append(i)
-    return [b for b in out if b]
-
 # %% ../nbs/13_core_eval.ipynb #10cd583e
 class PackedLinear(nn.Module):
     "A linear layer without bias whose weight oneDNN has packed."
@@ -272,16 +259,11 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     n = min(common_prefix([r.ids for r in rows]), min(r.start for r in rows)) - 1 if len(rows) > 1 else 0
     return n if n >= SHARE else 0
 
-def new_cache(model: GPT, rows: int, length: int) -> KVCache:
-    "An empty cache for a model."
-    c = model.config
-    return KVCache(rows, c.n_kv_head, length, c.n_embd // c.n_head, c.n_layer, model.get_device(), model_dtype(model))
-
 @torch.inference_mode()
 def score_shared(reader: Reader, items: Sequence[list[Row]], shared: Sequence[int]) -> list[list[tuple[float, float]]]:
     "(mean loss, least lead) of each row of each item, the first `shared` tokens of an item's rows being read once."
     longest = max(r.end - 1 - n for rows, n in zip(items, shared) for r in rows)
-    cache = new_cache(reader.gpt, len(items), max(shared))  # no longer yet: reading into a full cache is plain attention
+    cache = ForwardRunner(reader.gpt).scratch(len(items), max(shared))  # no longer yet: reading into a full cache is plain attention
     reader.read(padded([rows[0].ids[:n] for rows, n in zip(items, shared)], reader.device), cache=cache)
     cache.k_cache, cache.v_cache = (nn.functional.pad(c, (0, 0, 0, 0, 0, longest)) for c in (cache.k_cache, cache.v_cache))
     last = torch.tensor([[int(rows[0].ids[n - 1])] for rows, n in zip(items, shared)], device=reader.device)

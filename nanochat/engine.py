@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling', 'sample_next_token', 'uniforms', 'ToolUse',
-           'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'closed_gaps', 'SlotCache', 'Draw', 'Row',
-           'new_row', 'context_limit', 'check_request', 'read_prompt', 'last_logits', 'ForwardRunner', 'draw_group',
+           'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'SlotCache', 'Draw', 'Row', 'new_row',
+           'context_limit', 'check_request', 'read_prompt', 'in_batches', 'last_logits', 'ForwardRunner', 'draw_group',
            'draw_tokens', 'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns', 'collect', 'EngineCore',
            'text_pieces', 'Engine', 'Busy', 'TicketState', 'TicketEnd', 'TicketNews', 'Ticket', 'wake', 'Prefixes',
            'Counts', 'Counters', 'dismiss_team', 'SchedulerState', 'SchedulerEnds', 'SchedulerDelivery',
@@ -14,7 +14,7 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling'
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import asyncio, copy, ctypes, hashlib, itertools, threading, time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .common import UserError
 from .execution import use_calculator
 from .gpt import GPT, softcapped_logits
-from .inference import runner_for
+from .inference import closed_gaps, runner_for
 
 # %% ../nbs/12_engine.ipynb #f8a23192
 class CacheMemory:
@@ -185,17 +185,6 @@ class Slots(KVCache):
         self._k, self._v = nn.functional.pad(self._k, pad), nn.functional.pad(self._v, pad)
         self._use(len(self.cache_seqlens))
 
-# %% ../nbs/12_engine.ipynb #e3df64e5
-def closed_gaps(rows: int, gone: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    "When the rows `gone` leave: the former index of each row that stays, in its new place, and the moves (from, to) in the order to make them."
-    order, moves = list(range(rows)), []
-    for row in sorted(gone, reverse=True):
-        last = order.pop()
-        if row == len(order): continue
-        moves.append((len(order), row))
-        order[row] = last
-    return order, moves
-
 # %% ../nbs/12_engine.ipynb #ca4e6d52
 class SlotCache(Slots):
     "Slots with admission and release."
@@ -290,14 +279,23 @@ def read_prompt(model: Any, ids: Tensor, cache: KVCache) -> Tensor:
     return softcapped_logits(model.trunk(ids, kv_cache=cache)[:, -1], model.lm_head.weight, model.config.vocab_size)
 
 # %% ../nbs/12_engine.ipynb #5d9cda08
+def in_batches(lengths: Sequence[int], budget: int, key: Callable[[int], Any] | None = None) -> list[list[int]]:
+    "Indices, sorted by `key` (by length if None), in batches of at most `budget` tokens with padding, or one row."
+    out, longest = [[]], 0
+    for i in sorted(range(len(lengths)), key=key or lengths.__getitem__):
+        longest = max(longest, lengths[i])
+        if out[-1] and longest * (len(out[-1]) + 1) > budget:
+            out.append([])
+            longest = lengths[i]
+        out[-1].append(i)
+    return [b for b in out if b]
+
+# %% ../nbs/12_engine.ipynb #d5a5aca3
 @torch.inference_mode()
 def last_logits(model: Any, prompts: list[list[int]], batch_tokens: int = 8192) -> Tensor:
     "fp32 logits (N, V) after each of N prompts, computed without a cache in right-padded batches of at most `batch_tokens`."
-    order, out, start = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts), 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(prompts[order[stop]]) <= batch_tokens: stop += 1
-        group, start = order[start:stop], stop
+    out = [None] * len(prompts)
+    for group in in_batches([len(p) for p in prompts], batch_tokens):
         T = len(prompts[group[-1]])
         ids = torch.tensor([prompts[i] + [0] * (T - len(prompts[i])) for i in group], device=model.get_device())
         rows, last = torch.arange(len(group)), torch.tensor([len(prompts[i]) - 1 for i in group])

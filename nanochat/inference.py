@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer', 'prepare_layers', 'unit', 'embedding_tables',
            'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start', 'RingViews',
-           'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches', 'MergedBlock', 'MergedSteps', 'CachedGPT',
-           'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
+           'closed_gaps', 'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches', 'MergedBlock',
+           'MergedSteps', 'CachedGPT', 'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
 from collections.abc import Callable
@@ -192,6 +192,17 @@ class RingViews(RingMemory):
         starts = torch.tensor([bias_start(p, R) for p in known for _ in range(self.heads)])
         return Reach(at, self._biases[window].unfold(0, L, 1)[starts].unsqueeze(1))
 
+# %% ../nbs/11_inference.ipynb #595fdbf7
+def closed_gaps(rows: int, gone: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    "When the rows `gone` leave: the former index of each row that stays, in its new place, and the moves (from, to) in the order to make them."
+    order, moves = list(range(rows)), []
+    for row in sorted(gone, reverse=True):
+        last = order.pop()
+        if row == len(order): continue
+        moves.append((len(order), row))
+        order[row] = last
+    return order, moves
+
 # %% ../nbs/11_inference.ipynb #856c6af0
 class RingCopies(RingViews):
     "Copies of rows, between memories of one model and within one."
@@ -220,12 +231,8 @@ class RingCopies(RingViews):
 
     def release(self, rows: list[int]) -> list[int]:
         "Free the slots of `rows`. Returns the former index of each row that stays, in its new place."
-        order = list(range(self.rows))
-        for row in sorted(rows, reverse=True):  # the last row fills the gap
-            last = order.pop()
-            if row == len(order): continue
-            order[row] = last
-            self._copy(self, len(order), row)
+        order, moves = closed_gaps(self.rows, rows)
+        for last, row in moves: self._copy(self, last, row)
         self.rows = len(order)
         return order
 

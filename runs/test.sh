@@ -20,5 +20,5 @@ python dev/check_export.py
 say "2/3  Every notebook of nbs/ runs"
 nbdev_test --n_workers 2 --do_print
 
-say "3/3  Tests"
-python -m pytest "$@"
+say "3/3  Tests, in two processes"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -12,6 +12,7 @@ from nanochat.demo import EXAMPLES, MOST_CHARACTERS, MOST_MESSAGES, Frame, Stops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_actor import Parrot, make_tokenizer
+from server_process import wait_for
 
 
 @pytest.fixture(scope='module')
@@ -282,14 +283,6 @@ def chromium():
         b = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         yield b
         b.close()
-
-
-def wait_for(condition, seconds=15):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, 'waited in vain'
-        time.sleep(.02)
-    return found
 
 
 class Visitor:

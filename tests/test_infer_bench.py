@@ -84,7 +84,7 @@ def test_command_line(tmp_path):
 
 def test_fields(tiny):
     """What README and report may rely on."""
-    assert set(tiny) == {'stage', 'device', 'threads', 'dtype', 'source', 'depth', 'width', 'vocab_size', 'sequence_len', 'pattern', 'parameters', 'context', 'new_tokens', 'rounds', 'compiled',
+    assert set(tiny) == {'stage', 'device', 'threads', 'dtype', 'source', 'depth', 'width', 'vocab_size', 'sequence_len', 'pattern', 'parameters', 'context', 'new_tokens', 'rounds',
                          'programs', 'sampling', 'memory', 'bandwidth', 'prefill', 'decode', 'many', 'serving'}
     for row in tiny['prefill']: assert set(row) == {'prompts', 'length', 'ttft_ms', 'tokens_per_s', 'ratio'}
     for row in tiny['decode']: assert set(row) == {'rows', 'sampling', 'context', 'ms_per_token', 'tokens_per_s', 'ratio', 'step_bytes', 'bytes_per_s', 'cache_bytes'}
@@ -210,20 +210,6 @@ def test_bad_input_is_a_sentence_before_any_work(change, words, monkeypatch):
 def test_int8_alone_where_it_cannot_be(fp32):
     with pytest.raises(UserError, match='int8 weights need bf16'): ib.infer_bench(ib.InferBenchConfig(**TINY | dict(weights=('int8',))))
 
-
-def test_compile_is_passed_on(monkeypatch):
-    """To an engine that takes it; refused by one that does not."""
-    class Old:
-        def __init__(self, model, tokenizer, weights='compute'): self.got = None
-    class New:
-        def __init__(self, model, tokenizer, weights='compute', compile=False): self.got = compile
-    cfg = ib.InferBenchConfig(**TINY | dict(compile=True))
-    monkeypatch.setattr(ib, 'Engine', Old)
-    with pytest.raises(UserError, match='leave out --compile'): ib.check(cfg)
-    assert ib.Fast(None, 'compute').engine.got is None
-    monkeypatch.setattr(ib, 'Engine', New)
-    ib.check(cfg)
-    assert ib.Fast(None, 'compute', True).engine.got is True and ib.Fast(None, 'compute').engine.got is False
 
 
 def test_command_line_prints_one_sentence(tmp_path):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ..checkpoint_manager import load_model, newest_tag, run_dir
 from ..common import Progress, UserError, atomic_write, cli, detect_device, distributed, get_ranks, print0
-from ..engine import Engine, last_logits
+from ..engine import Engine, in_batches, last_logits
 from ..report import log_result, recall_result, result_mark
 from ..tasks.arc import ARC
 from ..tasks.arithmetic import Arithmetic
@@ -124,11 +124,8 @@ def answers_to(conversation: dict) -> list[dict]:
 @torch.inference_mode()
 def mean_losses(model: Any, rows: list[tuple[list[int], list[int]]], batch_tokens: int = 8192) -> list[float]:
     "Mean nats per token of mask 1, for each `(ids, mask)`, in right-padded batches of at most `batch_tokens`."
-    order, losses, start = sorted(range(len(rows)), key=lambda i: len(rows[i][0])), [0.0] * len(rows), 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(rows[order[stop]][0]) <= batch_tokens: stop += 1
-        group, start = order[start:stop], stop
+    losses = [0.0] * len(rows)
+    for group in in_batches([len(ids) for ids, _ in rows], batch_tokens):
         T = len(rows[group[-1]][0]) - 1
         x = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in (rows[i] for i in group)], device=model.get_device())
         y = torch.tensor([(t := targets_of(*rows[i])) + [-1] * (T - len(t)) for i in group], device=model.get_device())

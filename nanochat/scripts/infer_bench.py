@@ -13,7 +13,7 @@ __all__ = ['BANDWIDTH', 'InferBenchConfig', 'quickened', 'check_sizes', 'check_c
            'memory_lines', 'table', 'figure', 'save_figure', 'main']
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #8885f8a8
-import copy, inspect, json, math, random, time
+import copy, json, math, random, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,6 @@ class InferBenchConfig:
     device: str = ''                # cuda, mps or cpu; empty: the best there is
     weights: tuple[str, ...] = ('compute', 'int8')    # the engine's forms of weight to measure
     plain: bool = True              # also the model's own forward, fp32 weights, eager
-    compile: bool = False           # let the engine compile its step
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)     # rows decoded at once, samples of one prompt
     prompt_lengths: tuple[int, ...] = (32, 128, 448)  # tokens, for prefill
     prompts_at_once: int = 16       # for prefill in batches; 0 leaves that out
@@ -91,7 +90,6 @@ def check_choices(cfg: InferBenchConfig) -> None:
     if odd := set(cfg.weights) - {'compute', 'int8'}: raise UserError(f"weights '{sorted(odd)[0]}' are unknown; use compute, int8 or both")
     if not cfg.programs or len(set(cfg.weights)) < len(cfg.weights): raise UserError('nothing to measure, or one thing twice; give --weights compute, int8 or both')
     if (cfg.many or cfg.concurrency) and not cfg.weights: raise UserError('many prompts and the scheduler need the engine; give --weights compute, or --many 0 --concurrency 0')
-    if cfg.compile and 'compile' not in inspect.signature(Engine).parameters: raise UserError('this engine has no compiled step; leave out --compile')
     if cfg.plot and Path(cfg.plot).suffix not in ('.svg', '.png', '.pdf'): raise UserError(f"'{cfg.plot}' is no kind of figure known here; end the name in .svg, .png or .pdf")
     if cfg.plot and not Path(cfg.plot).absolute().parent.is_dir(): raise UserError(f"the folder of '{cfg.plot}' does not exist; make it first")
 
@@ -160,8 +158,8 @@ class Plain:
 
 class Fast:
     "The engine with one form of weights."
-    def __init__(self, model: GPT, weights: str, compile: bool = False):
-        self.engine = Engine(model, Endless(), weights=weights, **({'compile': True} if compile else {}))
+    def __init__(self, model: GPT, weights: str):
+        self.engine = Engine(model, Endless(), weights=weights)
     def stream(self, prompt: list[int], rows: int, new_tokens: int, draw: Draw, seed: int = 42) -> Iterator[list[int]]:
         return (column for column, _ in self.engine.generate(prompt, rows, new_tokens, draw.temperature, draw.top_k, seed))
     def read(self, prompts: list[list[int]], draw: Draw) -> None:
@@ -189,7 +187,7 @@ def programs(cfg: InferBenchConfig, model: GPT) -> dict[str, Plain | Fast]:
     "All that are measured, by name. Asking for int8 where it cannot be leaves it out."
     names = [n for n in cfg.programs if n != 'int8' or int8_works(model)]
     if not names or (not set(names) - {'plain'} and cfg.weights): raise UserError(f'int8 weights need bf16 on a CPU, and here is {model_dtype(model)} on {model.get_device()}; give --weights compute')
-    return {n: Plain(model) if n == 'plain' else Fast(model, n, cfg.compile) for n in names}
+    return {n: Plain(model) if n == 'plain' else Fast(model, n) for n in names}
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #dda66d45
 def weight_bytes(model: GPT, program: str) -> int:
@@ -419,7 +417,7 @@ def describe(cfg: InferBenchConfig, model: GPT) -> dict[str, Any]:
     c, device = model.config, model.get_device()
     return dict(stage='infer_bench', device=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(), threads=torch.get_num_threads(),
                 dtype=str(model_dtype(model)).split('.')[-1], source=cfg.source or 'random', depth=c.n_layer, width=c.n_embd, vocab_size=c.vocab_size, sequence_len=c.sequence_len,
-                pattern=c.window_pattern, parameters=sum(p.numel() for p in model.parameters()), context=cfg.context, new_tokens=cfg.new_tokens, rounds=cfg.rounds, compiled=cfg.compile)
+                pattern=c.window_pattern, parameters=sum(p.numel() for p in model.parameters()), context=cfg.context, new_tokens=cfg.new_tokens, rounds=cfg.rounds)
 
 def memory(b: Bench) -> dict[str, Any]:
     "Bytes: the model as loaded, what each program holds for itself, the weights it reads per step, and the peak of this process, in which all programs live together."
@@ -455,7 +453,7 @@ def infer_bench(cfg: InferBenchConfig) -> dict[str, Any]:
 def head_lines(r: dict[str, Any]) -> list[str]:
     "What was measured."
     bus = r['bandwidth']['bytes_per_s']
-    return [f"depth {r['depth']}, width {r['width']}, vocabulary {r['vocab_size']}, rows of {r['sequence_len']}, {r['pattern']}, {r['source']} weights, {r['dtype']}{', compiled' if r['compiled'] else ''}",
+    return [f"depth {r['depth']}, width {r['width']}, vocabulary {r['vocab_size']}, rows of {r['sequence_len']}, {r['pattern']}, {r['source']} weights, {r['dtype']}",
             f"on {r['device']} ({r['threads']} threads), bandwidth {f'{bus / 1e9:,.1f} GB/s ' + r['bandwidth']['source'] if bus else 'n/a'}; medians of {r['rounds']} alternating turns"]
 
 def prefill_lines(r: dict[str, Any]) -> list[str]:
