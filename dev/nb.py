@@ -3,6 +3,7 @@
     python dev/nb.py text nbs/05_optim.ipynb              print the cells as text
     python dev/nb.py write nbs/05_optim.ipynb cells.txt   build or update the notebook from text
     python dev/nb.py run nbs/05_optim.ipynb ...           execute, store the outputs, clean
+    python dev/nb.py run --base DIR lessons/00_start_here.ipynb    the same with a base directory that stays (and may hold a model)
     python dev/nb.py export nbs/05_optim.ipynb ...        export it to its module
 
 In the text form a cell starts at a line `%% md` or `%% py`. `write` keeps the id and the outputs of
@@ -71,15 +72,29 @@ def clean(path: Path) -> None:
     nbdev_clean(str(path))
 
 
-def run(path: Path, timeout: int = 300) -> None:
-    """Execute a notebook from its own folder with a throwaway base directory, and store its outputs."""
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+
+def freeze_widgets(nb) -> None:
+    """Leave of every widget its picture. A reader without a kernel would see "model not found" in its place, on
+    GitHub nothing, and the state of all widgets is many times larger than their pictures. Running brings them back."""
+    for c in nb.cells:
+        for o in c.get('outputs', []):
+            if {'image/png', 'text/html'} & set(o.get('data', {})): o.data.pop(WIDGET, None)
+        if c.get('outputs'): c.outputs = [o for o in c.outputs if set(o.get('data', {'': 0})) - {WIDGET, 'text/plain'} or WIDGET not in o.get('data', {})]
+    nb.metadata.pop('widgets', None)
+
+
+def run(path: Path, timeout: int = 300, base: str = '') -> None:
+    """Execute a notebook from its own folder with a throwaway base directory, or with `base`, and store its outputs."""
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as base:
-        os.environ['NANOCHAT_BASE_DIR'] = base
+    with tempfile.TemporaryDirectory() as throwaway:
+        os.environ['NANOCHAT_BASE_DIR'] = base or throwaway
         NotebookClient(nb, timeout=timeout, kernel_name='python3',
                        resources={'metadata': {'path': str(path.parent)}}).execute()
     nb.metadata.pop('language_info', None)
+    freeze_widgets(nb)
     nbformat.write(nb, path)
     clean(path)
 
@@ -93,6 +108,8 @@ def export(path: Path) -> None:
 def main(argv: list[str]) -> None:
     """Dispatch the four commands named in the module's docstring."""
     if len(argv) < 2 or argv[0] not in ('text', 'write', 'run', 'export'): sys.exit(__doc__)
+    base = ''
+    if argv[1] == '--base': base, argv = os.path.abspath(argv[2]), [argv[0], *argv[3:]]
     command, paths = argv[0], [Path(a).resolve() for a in argv[1:]]
     os.chdir(ROOT)
     if command == 'text': print(to_text(paths[0]), end='')
@@ -100,7 +117,7 @@ def main(argv: list[str]) -> None:
     else:
         for p in paths:
             print(p.name, flush=True)
-            {'run': run, 'export': export}[command](p)
+            run(p, base=base) if command == 'run' else export(p)
 
 
 if __name__ == '__main__': main(sys.argv[1:])
