@@ -11,8 +11,9 @@ __all__ = ['KINDS', 'SHARE', 'TIE', 'CHUNK', 'URL', 'MINI', 'examples_for', 'par
            'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items', 'parse_tasks', 'make_bundle',
            'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download', 'fetch_bundle', 'windows', 'words_of',
            'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word', 'mini_swapped_word', 'mini_bundle',
-           'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task', 'evaluate_core', 'summary',
-           'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task', 'core_bench', 'bench_table', 'main']
+           'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task', 'task_costs', 'evaluate_core',
+           'summary', 'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task', 'core_bench', 'bench_table',
+           'main']
 
 # %% ../nbs/13_core_eval.ipynb #d9bc3034
 import copy, csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
@@ -642,6 +643,17 @@ def run_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreTas
     return result
 
 # %% ../nbs/13_core_eval.ipynb #7a1c2b9b
+def task_costs(bundle: Bundle, chosen: Sequence[CoreTask], max_per_task: int = -1) -> dict[str, tuple[float, int]]:
+    "Per task: characters to read for one item, and how many items. Raises `UserError` for damaged data and too small a `max_per_task`."
+    cut, costs = max_per_task if max_per_task != -1 else None, {}
+    if cut is not None and cut < 1: raise UserError(f'max_per_task {cut} leaves nothing to ask; give a number from 1, or -1 for all items')
+    for t in chosen:
+        data = bundle.items(t)
+        check_enough(len(data[:cut]), t.meta, t.label, f' with --max-per-task {cut}' if cut and cut < len(data) else '')
+        costs[t.label] = (reading_cost(data, t), len(data[:cut]))
+    return costs
+
+# %% ../nbs/13_core_eval.ipynb #fb442695
 def evaluate_core(model: Any, tokenizer: Any, bundle: Bundle, device: torch.device | str, *, tasks: Sequence[str] = (), max_per_task: int = -1,
                   folder: Path | None = None, budget: int | None = None, limit: int | None = None) -> dict[str, Any]:
     """CORE of a model: `core_metric`, and per task `results` (accuracy), `centered_results`, `items` and `predictions`.
@@ -649,12 +661,7 @@ def evaluate_core(model: Any, tokenizer: Any, bundle: Bundle, device: torch.devi
     `max_per_task` items of each task, -1 for all. With a `folder`, what was finished there is not done again: give each model and setting its own.
     `budget` and `limit` as in `Reader`. Raises `UserError` before any work for unknown tasks, damaged data and too small a `max_per_task`."""
     chosen, cut = choose_tasks(bundle, tasks), max_per_task if max_per_task != -1 else None
-    if cut is not None and cut < 1: raise UserError(f'max_per_task {cut} leaves nothing to ask; give a number from 1, or -1 for all items')
-    costs = {}
-    for t in chosen:
-        data = bundle.items(t)
-        check_enough(len(data[:cut]), t.meta, t.label, f' with --max-per-task {cut}' if cut and cut < len(data) else '')
-        costs[t.label] = (reading_cost(data, t), len(data[:cut]))
+    costs = task_costs(bundle, chosen, max_per_task)
     reader, found = Reader(model, device, tokenizer.get_vocab_size(), budget, limit), []
     with Progress(sum(c * n for c, n in costs.values()), 'CORE', 'characters') as bar:
         for t in chosen:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Batch', 'all_sum', 'close', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate', 'NonFiniteLoss',
-           'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'metrics_line', 'trim_metrics', 'Hook',
-           'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult', 'Recorder', 'after_step', 'recorded', 'fit',
-           'resume', 'load_momentum', 'Job', 'run_job', 'checkpoint_bytes', 'going_on', 'decisive', 'every', 'finished',
-           'rehearse', 'iterations_for', 'steps_within']
+           'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'utilisation', 'scaling_state',
+           'metrics_line', 'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult',
+           'Recorder', 'after_step', 'recorded', 'shown_mfu', 'fit', 'resume', 'load_momentum', 'Job', 'run_job',
+           'checkpoint_bytes', 'going_on', 'decisive', 'every', 'finished', 'rehearse', 'iterations_for',
+           'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, dataclasses, json, math, re, signal, threading, time
@@ -23,7 +24,9 @@ from .checkpoint_manager import clean_run, init_run, list_checkpoints, load_chec
 from .common import Progress, UserError, append_jsonl, atomic_write, compute_dtype, get_ranks, human, peak_memory_bytes, print0, read_jsonl
 from .dataloader import gather_state
 from .gpt import GPTConfig
+from .grad_scale import GradScaler, scaler_for
 from .scaling import PEAK_FLOPS, TrainPlan, apply_schedule, check_batch, model_size
+from .trackers import Tracker, tracking
 
 # %% ../nbs/10_train.ipynb #00032929
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, int64 (B, T); target -1: not trained
@@ -55,12 +58,12 @@ def count_targets(batches: Sequence[Batch]) -> int:
     return int(sum((y >= 0).sum() for _, y in batches))
 
 # %% ../nbs/10_train.ipynb #5bd111b3
-def accumulate(model: torch.nn.Module, batches: Sequence[Batch], targets: float) -> torch.Tensor:
-    "Gradients of the loss summed over `batches` and divided by `targets`; returns that loss, detached."
+def accumulate(model: torch.nn.Module, batches: Sequence[Batch], targets: float, scale: float = 1.0) -> torch.Tensor:
+    "Gradients of the loss summed over `batches` and divided by `targets`, times `scale`; returns that loss unscaled, detached."
     total = 0.0
     for x, y in batches:
         loss = model(x, y, loss_reduction='sum') / targets
-        loss.backward()
+        (loss if scale == 1 else loss * scale).backward()
         total = total + loss.detach().float()
     return total
 
@@ -100,6 +103,7 @@ class TrainState:
     loader_state: dict | None = None
     loss: float | None = None
     rng: dict | None = None
+    scaler: GradScaler | None = None  # at work in fp16 only; made by `train_step` where it is missing
 
 # %% ../nbs/10_train.ipynb #7e2df881
 @dataclass(frozen=True)
@@ -115,15 +119,16 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
                state: TrainState, stop: bool = False) -> tuple[float, bool]:
     "One update of all weights; advances `state` and returns (matrix rate, whether any rank was asked to stop)."
     start, p = time.perf_counter(), next(model.parameters())
+    state.scaler = state.scaler or scaler_for(compute_dtype(p.device))
     batches, loader_state = fetch(loader, plan.grad_accum_steps)
     tokens = sum(x.numel() for x, _ in batches)
     targets, tokens, stops = all_sum(count_targets(batches), tokens, stop, device=p.device)
     apply_schedule(optimizer, plan, state.step)
-    loss, = all_sum(float(accumulate(model, batches, max(targets, 1))), device=p.device)
+    loss, = all_sum(float(accumulate(model, batches, max(targets, 1), state.scaler.factor)), device=p.device)
     lr = matrix_rate(optimizer)
     check_finite(loss, state.step, state.loss, lr, compute_dtype(p.device))
     sum_gradients(model)
-    optimizer.step()
+    state.scaler.step(optimizer)  # in fp16 an update whose gradients overflowed is left out
     model.zero_grad(set_to_none=True)
     if p.device.type == 'cuda': torch.cuda.synchronize()
     state.step, state.tokens, state.loss, state.loader_state = state.step + 1, state.tokens + int(tokens), loss, loader_state
@@ -139,11 +144,18 @@ def peak_flops(device: torch.device) -> float | None:
     names = {*words, *map(''.join, zip(words, words[1:]))}       # 'rtx 4090' and 'h100 pcie' are two words each
     return next((v for k, v in PEAK_FLOPS.items() if k in names), None)
 
+def utilisation(plan: TrainPlan, tok_per_sec: float, peak: float | None) -> float | None:
+    "MFU: the share of the devices' peak FLOP/s that the model's own arithmetic takes; None where the peak is unknown."
+    return plan.flops_per_token * tok_per_sec / (peak * get_ranks().world_size) if peak else None
+
+def scaling_state(scaler: GradScaler | None) -> dict[str, float]:
+    "The loss scale and how many updates it has skipped, in fp16; nothing otherwise."
+    return dict(grad_scale=scaler.scale, skipped_steps=scaler.skipped) if scaler and scaler.enabled else {}
+
 def metrics_line(state: TrainState, plan: TrainPlan, lr: float, tok_per_sec: float, device: torch.device, peak: float | None = None) -> dict[str, Any]:
     "The JSON object of one step. `loss` is in nats per target, `memory` in bytes, `seconds` cumulative over resumes."
-    mfu = plan.flops_per_token * tok_per_sec / (peak * get_ranks().world_size) if peak else None
-    return dict(step=state.step, tokens=state.tokens, loss=state.loss, lr=lr, tok_per_sec=round(tok_per_sec, 1), mfu=mfu,
-                seconds=round(state.seconds, 3), memory=peak_memory_bytes(device))
+    return dict(step=state.step, tokens=state.tokens, loss=state.loss, lr=lr, tok_per_sec=round(tok_per_sec, 1), mfu=utilisation(plan, tok_per_sec, peak),
+                seconds=round(state.seconds, 3), memory=peak_memory_bytes(device), **scaling_state(state.scaler))
 
 # %% ../nbs/10_train.ipynb #d0c4ce28
 def trim_metrics(path: Path, step: int) -> None:
@@ -211,20 +223,22 @@ class TrainResult:
     seconds: float
     evals: dict[str, Any] = field(default_factory=dict)
 
-# %% ../nbs/10_train.ipynb #b3dd8c8e
+# %% ../nbs/10_train.ipynb #8d86b344
 class Recorder:
-    "Writes a run's metrics and checkpoints; without a run directory it does nothing."
-    def __init__(self, run: Path | None, meta: dict[str, Any] | None, keep: int):
-        self.run, self.meta, self.keep, self.saved = run, meta or {}, keep, -1
+    "Writes a run's metrics and checkpoints, and tells the tracker; without a run directory it does neither."
+    def __init__(self, run: Path | None, meta: dict[str, Any] | None, keep: int, tracker: Tracker = Tracker()):
+        self.run, self.meta, self.keep, self.tracker, self.saved = run, meta or {}, keep, tracker, -1
 
     def log(self, line: dict[str, Any]) -> None:
         "Append one line of metrics."
         if self.run and get_ranks().is_main: append_jsonl(self.run/'metrics.jsonl', line)
+        self.tracker.log(line)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         "Write a checkpoint, unless this step has one."
         if not self.run or self.saved == state.step: return
         meta = self.meta | dict(tokens=state.tokens, seconds=state.seconds, loss=state.loss)
+        if state.scaler and state.scaler.enabled: meta['scaler'] = state.scaler.state_dict()
         place = gather_state(state.loader_state) if 'world_size' in (state.loader_state or {}) else state.loader_state
         save_checkpoint(self.run, state.step, model, optimizer, meta, place, keep=self.keep)
         self.saved = state.step
@@ -242,13 +256,20 @@ def recorded(run: Path, step: int) -> dict[str, Any]:
     rows = [r for r in read_jsonl(run/'metrics.jsonl') if r.get('step') == step and 'lr' not in r]
     return {k: v for r in rows for k, v in r.items() if k != 'step'}
 
+# %% ../nbs/10_train.ipynb #9f483280
+def shown_mfu(mfu: float | None, device: torch.device) -> dict[str, str]:
+    "The MFU as an entry of a progress line: a percentage, or n/a for a GPU of unknown speed. Nothing on other devices."
+    if device.type != 'cuda' and mfu is None: return {}
+    return dict(mfu='n/a' if mfu is None else f'{mfu:.1%}')
+
 # %% ../nbs/10_train.ipynb #73a70f26
 def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, plan: TrainPlan, loop: Loop = Loop(), *, run: Path | None = None,
-        meta: dict[str, Any] | None = None, state: TrainState | None = None, hooks: Sequence[Hook] = (), desc: str = 'train') -> TrainResult:
+        meta: dict[str, Any] | None = None, state: TrainState | None = None, hooks: Sequence[Hook] = (), desc: str = 'train',
+        tracker: Tracker = Tracker()) -> TrainResult:
     """Train from `state` (default: the beginning) to the plan's last step and return what came of it.
 
     `loader` yields (inputs, targets, state). Raises `NonFiniteLoss`, and `KeyboardInterrupt` after saving when asked to stop."""
-    state, record, device, last = state or TrainState(), Recorder(run, meta, loop.keep), next(model.parameters()).device, plan.num_iterations
+    state, record, device, last = state or TrainState(), Recorder(run, meta, loop.keep, tracker), next(model.parameters()).device, plan.num_iterations
     evals, asked = {}, False
     finish = lambda: after_step(model, optimizer, last, loop.save_every, state, hooks, record)
     if state.rng: set_rng_state(state.rng, device)
@@ -263,7 +284,7 @@ def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterat
             speed = (state.tokens - tokens) / (state.seconds - seconds)
             if state.step % loop.log_every == 0 or state.step == last: record.log(metrics_line(state, plan, lr, speed, device, loop.peak_flops))
             evals |= finish()
-            bar.update(loss=state.loss, tok_s=human(speed), **{k: v for k, v in evals.items() if isinstance(v, float)})
+            bar.update(loss=state.loss, tok_s=human(speed), **shown_mfu(utilisation(plan, speed, loop.peak_flops), device), **{k: v for k, v in evals.items() if isinstance(v, float)})
         if asked and state.step < last:
             record.save(model, optimizer, state)
             raise KeyboardInterrupt
@@ -279,7 +300,9 @@ def resume(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     if found.optim_state is not None: optimizer.load_state_dict(found.optim_state)
     meta = found.meta
     if get_ranks().is_main: trim_metrics(run/'metrics.jsonl', meta['step'])
-    return TrainState(meta['step'], meta.get('tokens', 0), meta.get('seconds', 0.0), found.loader_state, meta.get('loss'), found.rng)
+    scaler = scaler_for(compute_dtype(next(model.parameters()).device))
+    scaler.load_state_dict(meta.get('scaler'))
+    return TrainState(meta['step'], meta.get('tokens', 0), meta.get('seconds', 0.0), found.loader_state, meta.get('loss'), found.rng, scaler)
 
 # %% ../nbs/10_train.ipynb #e49750fd
 def load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -303,6 +326,7 @@ class Job:
     hooks: Sequence[Hook] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     begin: bool = True  # False: go on with the run that is there
+    tracker: str = 'none'  # where the metrics also go, see `trackers`
 
 # %% ../nbs/10_train.ipynb #2fd2c0b9
 def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
@@ -313,8 +337,9 @@ def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     print0(f'{desc}: {job.plan.num_iterations} steps of {job.plan.total_batch_size} tokens; metrics and checkpoints go to {job.run}')
     model = torch.compile(job.model, dynamic=False) if compiled else job.model
     loader = job.loader(state.loader_state)
-    try: return fit(model, job.optimizer, loader, job.plan, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc)
-    finally: close(loader)
+    with tracking(job.tracker, job.run, job.config, f'{job.run.parent.name.removesuffix("_checkpoints")}-{job.run.name}') as tracker:
+        try: return fit(model, job.optimizer, loader, job.plan, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc, tracker=tracker)
+        finally: close(loader)
 
 # %% ../nbs/10_train.ipynb #45121a46
 def checkpoint_bytes(config: GPTConfig) -> int:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INCIDENTAL', 'LENGTHS', 'PROMPTS', 'BaseTrainConfig', 'default_preset', 'resolve', 'Setup', 'make_plan', 'identity',
-           'stored_settings', 'prepare', 'build', 'training_loader', 'validation_bpb', 'samples', 'evaluation',
-           'by_the_clock', 'within_minutes', 'job_for', 'summary', 'describe', 'base_train', 'main']
+           'stored_settings', 'core_bundle', 'prepare', 'build', 'training_loader', 'validation_bpb', 'samples',
+           'evaluation', 'core_score', 'hooks_of', 'by_the_clock', 'within_minutes', 'job_for', 'summary', 'describe',
+           'base_train', 'main']
 
 # %% ../../nbs/scripts/02_base_train.ipynb #52212d47
 import dataclasses, json, math, time
@@ -18,6 +19,7 @@ import torch
 
 from ..checkpoint_manager import empty_model, run_dir, settle_run
 from ..common import Ranks, UserError, atomic_write, cli, detect_device, distributed, human, human_time, peak_memory_bytes, print0, require_space
+from ..core_eval import Bundle, evaluate_core, mini_bundle, open_bundle, task_costs
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit, tokenizing_distributed_data_loader_with_state_bos_bestfit
 from ..dataset import Corpus, open_corpus
 from ..engine import Engine
@@ -26,7 +28,8 @@ from ..loss_eval import evaluate_bpb
 from ..report import log_result, show_again
 from ..scaling import PRESETS, TrainPlan, get_preset, gpt_config, plan_training
 from ..tokenizer import RustBPETokenizer, get_tokenizer, token_bytes
-from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, peak_flops, run_job, steps_within
+from ..trackers import check_tracker
+from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, peak_flops, run_job, steps_within, utilisation
 
 # %% ../../nbs/scripts/02_base_train.ipynb #a792bd48
 @dataclass
@@ -54,6 +57,11 @@ class BaseTrainConfig:
     seed: int = 42  # of the initial weights
     eval_every: int = 0  # steps between evaluations; 0: five in the run, -1: only at the end
     eval_tokens: int = 16384  # tokens per evaluation
+    core: str = 'none'  # CORE during training: none, mini (questions about held-out text) or full (the bundle's 22 tasks)
+    core_every: int = -1  # steps between CORE scores; -1: only at the end
+    core_max_per_task: int = 500  # items of each CORE task; -1: all
+    bundle: str = ''  # folder or zip of the CORE bundle; empty: the one in the base directory
+    tracker: str = 'none'  # where the metrics also go: none, trackio, wandb or mlflow
     save_every: int = 0  # steps between checkpoints; 0: five in the run, -1: only at the end
     keep: int = 2  # checkpoints to keep
     compile: bool | None = None  # torch.compile; None: on CUDA
@@ -61,7 +69,7 @@ class BaseTrainConfig:
     resume: bool = False  # go on with the run's own settings, whatever is given here
     fresh: bool = False  # delete the run of that name and begin again
 
-INCIDENTAL = ('preset', 'model_tag', 'eval_every', 'eval_tokens', 'save_every', 'keep', 'compile', 'device', 'resume', 'fresh')
+INCIDENTAL = ('preset', 'model_tag', 'eval_every', 'eval_tokens', 'core', 'core_every', 'core_max_per_task', 'bundle', 'tracker', 'save_every', 'keep', 'compile', 'device', 'resume', 'fresh')
 LENGTHS = ('num_iterations', 'target_flops', 'target_param_data_ratio', 'minutes')
 
 # %% ../../nbs/scripts/02_base_train.ipynb #4e5b60b2
@@ -80,6 +88,7 @@ def resolve(cfg: BaseTrainConfig, device: torch.device) -> BaseTrainConfig:
     if all(getattr(cfg, k) is None for k in LENGTHS): filled |= dict(minutes=preset.minutes, target_param_data_ratio=preset.ratio)
     cfg = dataclasses.replace(cfg, **filled)
     if cfg.minutes is not None and not cfg.minutes > 0: raise UserError(f'{cfg.minutes} minutes is too short; give --minutes 1 or more')
+    check_tracker(cfg.tracker)
     if cfg.keep < 1 or cfg.eval_tokens < 1: raise UserError('keep and eval_tokens must be at least 1')
     if cfg.lr_scale is not None and not 0 < cfg.lr_scale < math.inf: raise UserError(f'lr_scale {cfg.lr_scale:g} must be positive; leave out --lr-scale for the recipe\'s own')
     if cfg.weight_decay is not None and not 0 <= cfg.weight_decay < math.inf: raise UserError(f'weight_decay {cfg.weight_decay:g} must be 0 or more; leave out --weight-decay for the recipe\'s own')
@@ -98,6 +107,7 @@ class Setup:
     plan: TrainPlan
     run: Path
     stored: dict[str, Any] | None  # the configuration of a run to go on with
+    bundle: Bundle | None = None  # the tasks of CORE during training
 
 # %% ../../nbs/scripts/02_base_train.ipynb #346db30a
 def make_plan(cfg: BaseTrainConfig, config: GPTConfig, world_size: int, num_iterations: int | None = None) -> TrainPlan:
@@ -118,18 +128,27 @@ def stored_settings(cfg: BaseTrainConfig) -> BaseTrainConfig:
     stored = settle_run(run_dir('base', cfg.model_tag or f'd{cfg.depth}'), {}, resume=True)
     return dataclasses.replace(cfg, **{k: stored[k] for k in decisive(cfg, INCIDENTAL) if k in stored})
 
+def core_bundle(cfg: BaseTrainConfig, corpus: Corpus) -> Bundle | None:
+    "The tasks of CORE during training, checked against the number of items asked for; None if there is to be none."
+    if cfg.core not in ('none', 'mini', 'full'): raise UserError(f"core '{cfg.core}' is unknown; use none, mini or full")
+    if cfg.core == 'none': return None
+    bundle = mini_bundle(corpus) if cfg.core == 'mini' else open_bundle(cfg.bundle or None)
+    task_costs(bundle, bundle.tasks, cfg.core_max_per_task)
+    return bundle
+
 def prepare(cfg: BaseTrainConfig, device: torch.device, ranks: Ranks) -> Setup:
     "Gather and check everything. Raises `UserError` before any work begins."
     cfg = resolve(stored_settings(cfg), device)
     config = gpt_config(cfg.depth, 265, cfg.sequence_len, head_dim=cfg.head_dim, aspect_ratio=cfg.aspect_ratio, window_pattern=cfg.window_pattern, n_kv_head=cfg.n_kv_head)
     plan = make_plan(cfg, config, ranks.world_size)  # refuses a batch that does not divide
     tokenizer, corpus = get_tokenizer(), open_corpus(cfg.corpus)
+    bundle = core_bundle(cfg, corpus)
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     run = run_dir('base', cfg.model_tag or f'd{cfg.depth}')
     stored = settle_run(run, identity(cfg, tokenizer, corpus), fresh=cfg.fresh)
     plan = going_on(stored['plan'], cfg.device_batch_size, config.sequence_len, ranks.world_size) if stored else make_plan(cfg, config, ranks.world_size)
     require_space(run, (cfg.keep + 1) * checkpoint_bytes(config))
-    return Setup(cfg, device, ranks, tokenizer, corpus, config, plan, run, stored)
+    return Setup(cfg, device, ranks, tokenizer, corpus, config, plan, run, stored, bundle)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #c06c19b3
 def build(setup: Setup) -> tuple[GPT, torch.optim.Optimizer]:
@@ -169,6 +188,18 @@ def evaluation(model: GPT, setup: Setup) -> dict[str, float]:
     return dict(val_bpb=validation_bpb(model, setup.tokenizer, setup.corpus, B=cfg.device_batch_size, T=setup.config.sequence_len,
                                        tokens=cfg.eval_tokens, ranks=setup.ranks, long_documents=cfg.long_documents))
 
+# %% ../../nbs/scripts/02_base_train.ipynb #d3087ec0
+def core_score(model: GPT, setup: Setup) -> dict[str, float]:
+    "CORE now, on the first items of each task. Every rank takes part."
+    r = evaluate_core(model, setup.tokenizer, setup.bundle, setup.device, max_per_task=setup.cfg.core_max_per_task)
+    return dict(core_metric=r['core_metric'])
+
+def hooks_of(model: GPT, setup: Setup) -> list[Hook]:
+    "What is looked at while it trains, and how often."
+    cfg, steps = setup.cfg, setup.plan.num_iterations
+    bpb = Hook(lambda step: evaluation(model, setup), every(cfg.eval_every, steps))
+    return [bpb, Hook(lambda step: core_score(model, setup), max(0, cfg.core_every))] if setup.bundle else [bpb]
+
 # %% ../../nbs/scripts/02_base_train.ipynb #acffb38a
 def by_the_clock(cfg: BaseTrainConfig) -> bool:
     "Whether minutes decide the length: only if nothing else does."
@@ -187,18 +218,17 @@ def job_for(setup: Setup) -> Job:
     model, optimizer = build(setup)
     config = setup.stored or dataclasses.asdict(cfg) | identity(cfg, setup.tokenizer, setup.corpus) | dict(
         plan=dataclasses.asdict(plan), model_config=dataclasses.asdict(setup.config))
-    hook = Hook(lambda step: evaluation(model, setup), every(cfg.eval_every, plan.num_iterations))
     loop = Loop(save_every=every(cfg.save_every, plan.num_iterations), keep=cfg.keep, peak_flops=peak_flops(setup.device))
-    return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, [hook],
-               dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None)
+    return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, hooks_of(model, setup),
+               dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None, cfg.tracker)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #cea6c140
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
     "What the report is told about a finished run."
-    seconds = max(time.perf_counter() - start, trained.seconds)
+    seconds, speed = max(time.perf_counter() - start, trained.seconds), trained.tokens / max(trained.seconds, 1e-9)
     return dict(tag=setup.run.name, depth=setup.cfg.depth, corpus=setup.corpus.name, num_params=sum(p.numel() for p in job.model.parameters()),
                 tokens=trained.tokens, num_iterations=trained.step, total_batch_size=setup.plan.total_batch_size, flops=setup.plan.flops, loss=trained.loss,
-                **trained.evals, seconds=round(seconds, 2), tok_per_sec=round(trained.tokens / max(trained.seconds, 1e-9)),
+                **trained.evals, seconds=round(seconds, 2), tok_per_sec=round(speed), mfu=utilisation(setup.plan, speed, peak_flops(setup.device)),
                 memory=peak_memory_bytes(setup.device), samples=samples(job.model, setup.tokenizer))
 
 # %% ../../nbs/scripts/02_base_train.ipynb #75528ab3
