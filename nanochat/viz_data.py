@@ -7,10 +7,10 @@ __all__ = ['SIGNS', 'PAGE', 'SMALL', 'SENTENCE', 'LEARNED', 'GIVEN', 'SPECIAL', 
            'merges_in', 'tokens_after', 'merge_stops', 'bytes_per_token', 'merge_line', 'curve_svg', 'merges_html',
            'number_slider', 'merges_slider', 'Packed', 'pack', 'document_lengths', 'draw_packing', 'packing_line',
            'packing_bars', 'MaskedToken', 'masked_tokens', 'mask_html', 'conversation_title', 'conversation_mask',
-           'bubble', 'conversation_html', 'answers', 'in_live_notebook', 'ChatCell', 'chat_cell']
+           'bubble', 'spoken', 'conversation_html', 'answers', 'in_live_notebook', 'ChatCell', 'chat_cell']
 
 # %% ../nbs/18_viz_data.ipynb #03c4be5c
-import functools, html, os, sys
+import contextlib, functools, html, io, os, sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -239,12 +239,21 @@ def bubble(text: str, ours: bool, code: bool = False) -> str:
     font = 'font:13px/1.5 ui-monospace,monospace;opacity:.85' if code else 'font:14px/1.5 system-ui,sans-serif'
     return f'<div style="{look};{font};border-radius:14px;padding:.35em .9em;margin-top:.35em;width:fit-content;max-width:80%;white-space:pre-wrap">{html.escape(text)}</div>'
 
+def spoken(parts: Sequence[dict]) -> list[tuple[str, bool]]:
+    "The parts of an answer as (text, whether it is a call): a call of the calculator together with its result."
+    out = []
+    for p in parts:
+        text = p['text'].strip()
+        if p['type'] == 'python_output' and out: out[-1] = (f'{out[-1][0]} = {text}', True)
+        elif text: out.append((f'calculator: {text}', True) if p['type'] == 'python' else (text, False))
+    return out
+
 def conversation_html(turns: Sequence[tuple[str, list[dict]]], caption: str = '') -> str:
     "Questions with their answers (lists of parts) as a chat page would show them, calls of the calculator in small type."
     out = []
     for asked, parts in turns:
         out.append(bubble(asked, True))
-        out += [bubble({'python': '🖩 {}', 'python_output': '= {}'}.get(p['type'], '{}').format(p['text'].strip()), False, p['type'] != 'text') for p in parts if p['text'].strip()]
+        out += [bubble(text, False, code) for text, code in spoken(parts)]
     return f'<div style="max-width:34rem">{"".join(out)}{SMALL.format(html.escape(caption)) if caption else ""}</div>'
 
 # %% ../nbs/18_viz_data.ipynb #b90f823d
@@ -279,7 +288,8 @@ class ChatCell:
 
     def close(self) -> None:
         "End the server and its threads; a second call does nothing."
-        if self.open: self.demo.close()
+        if self.open:
+            with contextlib.redirect_stdout(io.StringIO()): self.demo.close()
         self.open = False
 
 def chat_cell(run: LessonRun, questions: Iterable[str] = QUESTIONS) -> ChatCell:
