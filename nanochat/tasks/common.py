@@ -90,6 +90,13 @@ class Task:
         "What reinforcement learning earns for `completion`, 0 to 1: the mark itself unless a task grades more finely."
         return float(self.evaluate(conversation, completion))
 
+    def judge(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[dict[str, Any]]:
+        "A verdict on each of many answers: `correct` (0 or 1) and `reward`; a task that can say more adds `why`."
+        return [dict(correct=int(self.evaluate(c, t)), reward=float(self.reward(c, t))) for c, t in zip(conversations, completions, strict=True)]
+
+    def check_ready(self) -> None:
+        "Raise `UserError` if answers cannot be marked on this machine. Asked before work begins."
+
     def _range(self) -> range:
         return range(self.num_examples())[self.start:self.stop:self.step]
 
@@ -106,19 +113,23 @@ class TaskSequence(Task):
         super().__init__(**window)
         if not tasks: raise UserError('a mixture needs at least one task')
         self.tasks = list(tasks)
-        self.order = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        self.starts = [0, *itertools.accumulate(map(len, self.tasks))]
+        self.order = range(self.starts[-1])  # the n-th example is number order[n] of all
 
     def num_examples(self) -> int: return len(self.order)
 
     def get_example(self, index: int) -> dict:
-        t, i = self.order[index]
-        return self.tasks[t][i]
+        n = int(self.order[index])
+        t = bisect_right(self.starts, n) - 1
+        return self.tasks[t][n - self.starts[t]]
 
 class TaskMixture(TaskSequence):
     "All examples of several tasks in one shuffled order that depends on `seed` alone. List a task twice to double its weight."
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **window: Any):
         super().__init__(tasks, **window)
-        random.Random(seed).shuffle(self.order)
+        order = list(self.order)
+        random.Random(seed).shuffle(order)
+        self.order = np.array(order, dtype=np.int32)  # a million conversations: 4 MB in each process
 
 # %% ../../nbs/tasks/00_common.ipynb #d985a2cc
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

@@ -81,6 +81,14 @@ class HumanEval(Task):
     def evaluate(self, conversation: dict, completion: str) -> int:
         return self.evaluate_many([conversation], [completion], 1)[0]
 
+    def judge(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[dict]:
+        "Verdicts, all run at once; `why` is what stopped a wrong answer."
+        return [dict(correct=int(r.success), reward=float(r.success)) | ({} if r.success else dict(why=r.error)) for r in self.results(conversations, completions)]
+
+    def check_ready(self) -> None:
+        "Raise `UserError` if generated code can neither be isolated here nor was allowed to run without."
+        execute_many(['pass'], 1, **self.settings)
+
 # %% ../../nbs/tasks/09_humaneval.ipynb #da8c8d0b
 def pass_at_k(n: int, c: int, k: int) -> float:
     "The chance that at least one of k answers passes, estimated without bias from n answers of which c passed."
