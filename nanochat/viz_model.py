@@ -94,11 +94,11 @@ def draw_attention(tokens: Sequence[str], weights: Tensor, position: int, title:
     "One head's map `(T, T)` as a picture, and the row of one position as bars."
     fig, (left, right) = figure(8.2, 3.6, ncols=2, width_ratios=(1.25, 1))
     T, size = len(tokens), 7 if len(tokens) <= 28 else 5.5
-    left.imshow(weights.sqrt(), cmap='magma', vmin=0, vmax=1)
+    left.imshow(weights.sqrt().numpy(), cmap='magma', vmin=0, vmax=1)
     left.axhspan(position - .5, position + .5, fill=False, ec=COLORS[1], lw=1.5)
     left.set_xticks(range(T), tokens, rotation=90, fontsize=size); left.set_yticks(range(T), tokens, fontsize=size)
     left.grid(False); left.set(title=title, xlabel='key: what is read', ylabel='query: who reads')
-    right.bar(range(T), weights[position], color=[COLORS[1] if i == position else COLORS[0] for i in range(T)])
+    right.bar(range(T), weights[position].tolist(), color=[COLORS[1] if i == position else COLORS[0] for i in range(T)])
     right.set_xticks(range(T), tokens, rotation=90, fontsize=size)
     right.set(title=f'{tokens[position]!r} at {position} reads', ylim=(0, 1), ylabel='share')
     return fig
@@ -226,9 +226,9 @@ def draw_singular(curves: dict[str, Tensor], step: int) -> Any:
     "Singular values after `step` steps of each method, and how far the values are from 1 on average at every step."
     fig, (left, right) = figure(8.2, 2.9, ncols=2)
     for i, (method, s) in enumerate(curves.items()):
-        left.plot(s[step], color=COLORS[i], label=method)
-        right.plot((s - 1).abs().mean(1), '.-', color=COLORS[i])
-        right.plot(step, (s[step] - 1).abs().mean(), 'o', color=COLORS[i], ms=8)
+        left.plot(s[step].tolist(), color=COLORS[i], label=method)
+        right.plot((s - 1).abs().mean(1).tolist(), '.-', color=COLORS[i])
+        right.plot(step, (s[step] - 1).abs().mean().item(), 'o', color=COLORS[i], ms=8)
     left.axhline(1, color=INK, lw=.8, ls=':')
     left.set(title=f'after {step} step{"s" * (step != 1)}', yscale='log', ylim=(4e-5, 6), xlabel='singular value, largest first', ylabel='size')
     left.legend(loc='lower left', fontsize=7.5)
@@ -259,10 +259,10 @@ def draw_stages(stages: dict[str, Tensor]) -> Any:
     "Each stage's matrix as a picture above its singular values, relative to their mean."
     fig, axes = figure(8.6, 2.4, nrows=2, ncols=len(stages), height_ratios=(1.1, 1))
     for i, ((name, x), (top, low)) in enumerate(zip(stages.items(), axes.T)):
-        top.imshow(x, cmap='RdBu', vmin=-2.5 * x.std(), vmax=2.5 * x.std(), aspect='auto'); top.set(xticks=[], yticks=[]); top.grid(False)
+        top.imshow(x.numpy(), cmap='RdBu', vmin=-2.5 * x.std().item(), vmax=2.5 * x.std().item(), aspect='auto'); top.set(xticks=[], yticks=[]); top.grid(False)
         top.set_title(name, fontsize=8)
         s = torch.linalg.svdvals(x)
-        low.plot(s / s.mean(), color=COLORS[i]); low.set(ylim=(0, 4), xticks=[], yticks=[0, 1, 2, 4] if not i else [])
+        low.plot((s / s.mean()).tolist(), color=COLORS[i]); low.set(ylim=(0, 4), xticks=[], yticks=[0, 1, 2, 4] if not i else [])
     return fig
 
 # %% ../nbs/18_viz_model.ipynb #dcc463e3
