@@ -9,7 +9,7 @@ __all__ = ['INK', 'COLORS', 'STYLE', 'SCALE', 'CARD', 'styled', 'figure', 'settl
            'lesson_conversations', 'train_base', 'train_sft', 'lessons_dir', 'open_small', 'lesson_run']
 
 # %% ../nbs/18_viz_base.ipynb #3e8cf0f6
-import base64, contextlib, html, io, os, re, sys, time
+import base64, contextlib, html, io, os, re, sys, threading, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,13 @@ STYLE: dict[str, Any] = {  # matplotlib's settings for every figure of the cours
 }
 
 # %% ../nbs/18_viz_base.ipynb #020fcdf7
-def styled() -> contextlib.AbstractContextManager:
-    "Inside the block, matplotlib draws in the course's style."
+_STYLING = threading.RLock()
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    "Inside the block, matplotlib draws in the course's style. One thread at a time: its settings belong to the process."
     import matplotlib as mpl
-    return mpl.rc_context(STYLE | {'axes.prop_cycle': mpl.cycler(color=COLORS)})
+    with _STYLING, mpl.rc_context(STYLE | {'axes.prop_cycle': mpl.cycler(color=COLORS)}): yield
 
 def figure(width: float = 7, height: float = 2.6, **subplots: Any) -> tuple[Any, Any]:
     "A styled figure of so many inches and its axes (an array of them, if `subplots` asks for several). Nothing is shown."
