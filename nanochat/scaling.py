@@ -22,13 +22,15 @@ from .gpt import GPT, GPTConfig
 
 # %% ../nbs/07_scaling.ipynb #67dc3a56
 def gpt_config(depth: int, vocab_size: int = 32768, sequence_len: int = 2048, *, head_dim: int = 128, aspect_ratio: int = 64,
-               window_pattern: str = 'SSSL', n_kv_head: int | None = None) -> GPTConfig:
-    "The shape of a model of `depth` layers: width `depth * aspect_ratio`, rounded up to a multiple of `head_dim`. Raises `UserError`."
+               window_pattern: str = 'SSSL', n_kv_head: int | None = None, **parts: bool | float) -> GPTConfig:
+    """The shape of a model of `depth` layers: width `depth * aspect_ratio`, rounded up to a multiple of `head_dim`.
+
+    `parts` are `GPTConfig`'s switches, for instance `smear=False`. Raises `UserError`."""
     if depth < 1: raise UserError(f'depth {depth} is too small; give --depth 1 or more')
     if head_dim < 2 or aspect_ratio < 1: raise UserError('head_dim must be at least 2 and aspect_ratio at least 1; the defaults are 128 and 64')
     n_head = -(-depth * aspect_ratio // head_dim)
     config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head if n_kv_head is None else n_kv_head,
-                       n_embd=n_head * head_dim, window_pattern=window_pattern)
+                       n_embd=n_head * head_dim, window_pattern=window_pattern, **parts)
     config.check()
     return config
 

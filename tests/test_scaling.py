@@ -174,6 +174,45 @@ def test_nonsense_batches_are_sentences(args):
     with pytest.raises(UserError, match='at least 1'): check_batch(*args)
 
 
+# --- hardware, hours and money -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, key', [('NVIDIA H100 80GB HBM3', 'h100'), ('NVIDIA H100 PCIe', 'h100pcie'), ('NVIDIA H200', 'h200'), ('NVIDIA A100-SXM4-80GB', 'a100'), ('Tesla T4', 't4'),
+                                       ('NVIDIA GeForce RTX 4090', 'rtx4090'), ('NVIDIA GeForce RTX 4090 D', None), ('NVIDIA GeForce RTX 4070 Ti SUPER', None), ('Quadro P1000', None), ('', None)])
+def test_a_gpu_by_its_full_name(name, key):
+    assert scaling.gpu_key(name) == key
+
+
+def test_hours_and_dollars():
+    eight, plan = scaling.rented('h100', 8, price=20), plan_training(gpt_config(12), device_batch_size=16)
+    assert eight.hours(plan.flops) == pytest.approx(plan.flops / (989e12 * 8 * 0.5) / 3600) == pytest.approx(scaling.estimate_hours(plan, 'h100', 8))
+    assert eight.dollars(3) == 60 and scaling.rented('h100', 2).dollars(1) == 2 * scaling.GPUS['h100'][1]
+    unknown = scaling.Hardware('a new card', 1, None, 80 * 2**30, 2.0)
+    assert unknown.hours(1e18) is None and unknown.dollars(unknown.hours(1e18)) is None
+    assert set(scaling.GPUS) == set(scaling.PEAK_FLOPS)
+    for args in (('h1000',), ('h100', 0)):
+        with pytest.raises(UserError): scaling.rented(*args)
+
+
+def test_the_cost_of_a_run():
+    config = gpt_config(20)
+    plan = plan_training(config, device_batch_size=16)
+    cost = scaling.run_cost(config, plan, scaling.rented('h100'), 16)
+    assert cost.fits and cost.memory == estimate_memory(config, 16)['total'] and cost.hours == scaling.estimate_hours(plan) and cost.dollars == cost.hours * scaling.GPUS['h100'][1]
+    assert scaling.run_cost(config, plan, scaling.rented('h100'), 16, fp8=True).hours == pytest.approx(cost.hours / scaling.FP8_SPEEDUP)
+    assert not scaling.run_cost(config, plan, scaling.rented('rtx3060'), 16).fits
+
+
+@pytest.mark.parametrize('gib', [12, 24, 80])
+def test_rows_that_fit_do_and_twice_as_many_do_not(gib):
+    for depth in (8, 12, 20):
+        rows, need = scaling.fitting_rows(gpt_config(depth), gib * 2**30), lambda n: estimate_memory(gpt_config(depth), n)['total'] / 2**30
+        assert (not rows or need(rows) <= .9 * gib) and (rows == 128 or need(max(1, 2 * rows)) > .9 * gib)
+
+
+def test_parts_of_the_model_can_be_left_out():
+    assert model_size(gpt_config(4, value_embeds=False)).total < model_size(gpt_config(4)).total and gpt_config(4, qk_scale=1.0).qk_scale == 1.0
+
+
 # --- presets and memory -----------------------------------------------------------------------------------------------
 
 def test_presets_plan_and_fit():
