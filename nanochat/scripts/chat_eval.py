@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TASKS', 'TaskSpec', 'make_task', 'task_names', 'chosen', 'gathered', 'record', 'evaluate_task_generative', 'accuracy',
            'targets_of', 'answers_to', 'mean_losses', 'evaluate_task_ranked', 'letter_ids', 'evaluate_task_categorical',
-           'evaluate_task', 'centered', 'chat_core', 'standard_error', 'score_line', 'ChatEvalConfig', 'check_settings',
-           'mark_of', 'earlier', 'score_task', 'write_records', 'samples_from', 'chat_eval', 'main']
+           'evaluate_task', 'sample_task', 'pass_rates', 'ks_of', 'centered', 'chat_core', 'standard_error',
+           'score_line', 'ChatEvalConfig', 'check_settings', 'mark_of', 'earlier', 'ready_tasks', 'writes',
+           'score_task', 'write_records', 'chatcore_values', 'samples_from', 'chat_eval', 'main']
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #0c1913d7
 import json, time
@@ -26,7 +27,7 @@ from ..tasks.arc import ARC
 from ..tasks.arithmetic import Arithmetic
 from ..tasks.common import Task, assistant, completion_text
 from ..tasks.gsm8k import GSM8K
-from ..tasks.humaneval import HumanEval
+from ..tasks.humaneval import HumanEval, pass_at_k
 from ..tasks.mmlu import MMLU
 from ..tasks.pydoc import PyDoc
 from ..tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -34,11 +35,12 @@ from ..tasks.spellingbee import SimpleSpelling, SpellingBee
 # %% ../../nbs/scripts/07_chat_eval.ipynb #dd685234
 @dataclass(frozen=True)
 class TaskSpec:
-    "A task by name: `make(size, split)`, the accuracy of guessing, the longest answer in tokens, whether its data comes from the hub."
-    make: Callable[[int, str], Task]
+    "A task by name: `make(size, split)`, the accuracy of guessing, the longest answer in tokens, whether its data comes from the hub, and which `settings` it takes."
+    make: Callable[..., Task]
     chance: float
     max_tokens: int = 64
     hub: bool = False
+    settings: tuple[str, ...] = ()
 
 TASKS: dict[str, TaskSpec] = {
     'spellingbee': TaskSpec(lambda size, split: SpellingBee(size, split), 0.0),
@@ -54,14 +56,15 @@ TASKS: dict[str, TaskSpec] = {
     'arc-challenge': TaskSpec(lambda size, split: ARC('ARC-Challenge', split, stop=size), 0.25, hub=True),
     'mmlu': TaskSpec(lambda size, split: MMLU('all', 'auxiliary_train' if split == 'train' else split, stop=size), 0.25, hub=True),
     'gsm8k': TaskSpec(lambda size, split: GSM8K('main', split, stop=size), 0.0, 512, hub=True),
-    'humaneval': TaskSpec(lambda size, split: HumanEval(stop=size), 0.0, 512, hub=True),
+    'humaneval': TaskSpec(lambda size, split, **settings: HumanEval(stop=size, **settings), 0.0, 512, hub=True, settings=('i_understand', 'timeout')),
 }
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #8ad9ef57
-def make_task(name: str, split: str = 'test', size: int = 1000) -> Task:
-    "The task called `name`. Raises `UserError` with the names there are."
+def make_task(name: str, split: str = 'test', size: int = 1000, **settings: Any) -> Task:
+    "The task called `name`, given those of the `settings` that it takes. Raises `UserError` with the names there are."
     if name not in TASKS: raise UserError(f"there is no task '{name}'; use one of: {', '.join(TASKS)}")
-    return TASKS[name].make(size, split)
+    spec = TASKS[name]
+    return spec.make(size, split, **{k: v for k, v in settings.items() if k in spec.settings})
 
 def task_names(text: str) -> list[str]:
     "Names from a comma-separated list, checked; 'all' stands for every task that needs no download, 'chatcore' for the public project's six."
@@ -87,23 +90,24 @@ def gathered(records: list[dict]) -> list[dict]:
         records = [r for part in parts for r in part]
     return sorted(records, key=lambda r: r['index'])
 
-def record(task: Task, index: int, conversation: dict, completion: str, **more: Any) -> dict[str, Any]:
-    "One marked item: the last question, the right answer, the model's, the mark and the reward."
-    return dict(index=index, question=conversation['messages'][-2]['content'], answer=completion_text(conversation), completion=completion,
-                correct=int(task.evaluate(conversation, completion)), reward=float(task.reward(conversation, completion)), **more)
+def record(task: Task, index: int, conversation: dict, prompt: str, completion: str, verdict: dict | None = None, **more: Any) -> dict[str, Any]:
+    "One marked item: the last question, all that the model read (`prompt`), the right answer, the model's, and the verdict: `correct`, `reward`, perhaps `why`."
+    verdict = verdict or task.judge([conversation], [completion])[0]
+    return dict(index=index, question=conversation['messages'][-2]['content'], prompt=prompt, answer=completion_text(conversation), completion=completion, **verdict, **more)
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #9bc0c9c6
 def evaluate_task_generative(task: Task, engine: Engine, *, max_problems: int | None = None, max_tokens: int = 64, batch_size: int = 64,
                              temperature: float = 0.0, top_k: int | None = None, seed: int = 42, bar: Progress | None = None) -> list[dict[str, Any]]:
-    "A record per item, by index: the model writes an answer of at most `max_tokens`, `task.evaluate` marks it. All ranks share the work and get all records."
+    "A record per item, by index: the model writes an answer of at most `max_tokens`, `task.judge` marks it. All ranks share the work and get all records."
     tok, records, mine = engine.tokenizer, [], chosen(task, max_problems)
     for start in range(0, len(mine), 4 * batch_size):
         part = mine[start:start + 4 * batch_size]
         conversations = [task[i] for i in part]
         prompts = [tok.render_for_completion(c) for c in conversations]
         answers = engine.generate_many(prompts, max_tokens, temperature, top_k, [seed + i for i in part], batch_size=batch_size)
-        for i, c, p, ((ids,), _) in zip(part, conversations, prompts, answers):
-            records.append(record(task, i, c, tok.decode(ids[len(p):]), tokens=len(ids) - len(p)))
+        said = [tok.decode(ids[len(p):]) for p, ((ids,), _) in zip(prompts, answers)]
+        for i, c, p, text, verdict, ((ids,), _) in zip(part, conversations, prompts, said, task.judge(conversations, said), answers):
+            records.append(record(task, i, c, tok.decode(p), text, verdict, tokens=len(ids) - len(p)))
         if bar: bar.update(len(part), correct=f'{accuracy(records):.0%}')
     return gathered(records)
 
@@ -143,7 +147,8 @@ def evaluate_task_ranked(task: Task, engine: Engine, *, max_problems: int | None
         losses = iter(mean_losses(model, [tok.render_conversation(a) for c in conversations for a in answers_to(c)]))
         for i, c in zip(part, conversations):
             found = [next(losses) for _ in c['choices']]
-            records.append(record(task, i, c, c['choices'][found.index(min(found))], choices=c['choices'], losses=[round(x, 4) for x in found]))
+            prompt = tok.decode(tok.render_for_completion(c))
+            records.append(record(task, i, c, prompt, c['choices'][found.index(min(found))], choices=c['choices'], losses=[round(x, 4) for x in found]))
         if bar: bar.update(len(part), correct=f'{accuracy(records):.0%}')
     return gathered(records)
 
@@ -162,10 +167,10 @@ def evaluate_task_categorical(task: Task, engine: Engine, *, max_problems: int |
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
         conversations = [task[i] for i in part]
-        logits = last_logits(model, [tok.render_for_completion(c) for c in conversations])
-        for i, c, row in zip(part, conversations, logits):
+        prompts = [tok.render_for_completion(c) for c in conversations]
+        for i, c, p, row in zip(part, conversations, prompts, last_logits(model, prompts)):
             odds = row[letter_ids(tok, c['letters'])].softmax(-1).tolist()
-            records.append(record(task, i, c, c['letters'][odds.index(max(odds))], odds=[round(p, 4) for p in odds]))
+            records.append(record(task, i, c, tok.decode(p), c['letters'][odds.index(max(odds))], odds=[round(p, 4) for p in odds]))
         if bar: bar.update(len(part), correct=f'{accuracy(records):.0%}')
     return gathered(records)
 
@@ -175,6 +180,38 @@ def evaluate_task(task: Task, engine: Engine, *, max_problems: int | None = None
     if len(task) and 'choices' in task[0]: return evaluate_task_ranked(task, engine, max_problems=max_problems, batch_size=batch_size, bar=bar)
     if task.eval_type == 'categorical': return evaluate_task_categorical(task, engine, max_problems=max_problems, batch_size=batch_size, bar=bar)
     return evaluate_task_generative(task, engine, max_problems=max_problems, max_tokens=max_tokens, batch_size=batch_size, bar=bar)
+
+# %% ../../nbs/scripts/07_chat_eval.ipynb #ce78e78c
+def sample_task(task: Task, engine: Engine, num_samples: int, *, max_problems: int | None = None, max_tokens: int = 64, batch_size: int = 64, temperature: float = 1.0,
+                top_k: int | None = 50, seed: int = 42, bar: Progress | None = None) -> list[dict[str, Any]]:
+    "Per item, by index: `samples`, a list of `num_samples` sampled answers with their verdicts. Each item has a seed of its own, so batches and ranks change nothing."
+    tok, found, mine, width = engine.tokenizer, [], chosen(task, max_problems), max(1, 4 * batch_size // num_samples)
+    for start in range(0, len(mine), width):
+        part = mine[start:start + width]
+        conversations = [task[i] for i in part]
+        prompts = [tok.render_for_completion(c) for c in conversations]
+        answers = engine.generate_many(prompts, max_tokens, temperature, top_k, [seed * 1_000_003 + i for i in part], num_samples, batch_size=batch_size)
+        said = [tok.decode(ids[len(p):]) for p, (rows, _) in zip(prompts, answers) for ids in rows]
+        verdicts = task.judge([c for c in conversations for _ in range(num_samples)], said)
+        both = [dict(completion=text) | verdict for text, verdict in zip(said, verdicts)]
+        found += [dict(index=i, samples=both[n * num_samples:(n + 1) * num_samples]) for n, i in enumerate(part)]
+        if bar: bar.update(len(part))
+    return gathered(found)
+
+def pass_rates(found: list[dict[str, Any]], ks: list[int]) -> dict[str, float]:
+    "`pass@k` for every k, and `sampled_reward`: means over the items that `sample_task` gives."
+    mean = lambda values: sum(values) / max(len(values), 1)
+    rates = {f'pass@{k}': mean([pass_at_k(len(f['samples']), sum(s['correct'] for s in f['samples']), k) for f in found]) for k in ks}
+    return rates | dict(sampled_reward=mean([s['reward'] for f in found for s in f['samples']]))
+
+# %% ../../nbs/scripts/07_chat_eval.ipynb #d70f2cf8
+def ks_of(text: str, num_samples: int) -> list[int]:
+    "The k of pass@k from a list such as '1,4,8'; without one, powers of two up to `num_samples`. Raises `UserError`."
+    if not text.strip(): return [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= num_samples]
+    ks = [k.strip() for k in text.split(',')]
+    if not all(k.isdigit() and int(k) > 0 for k in ks): raise UserError(f"pass_k '{text}' is not a list of numbers; give for instance --pass-k 1,4,8")
+    if max(map(int, ks)) > num_samples: raise UserError(f'pass@{max(map(int, ks))} needs as many answers to each question; give --num-samples {max(map(int, ks))} or more')
+    return sorted(set(map(int, ks)))
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #d4e3e26d
 def centered(accuracy: float, chance: float) -> float:
@@ -192,8 +229,8 @@ def standard_error(accuracy: float, n: int) -> float:
 
 def score_line(name: str, score: dict[str, Any]) -> str:
     "One task's result for a person to read."
-    error = standard_error(score['accuracy'], score['n'])
-    return f"{name:16} {score['accuracy']:6.1%} ± {error:.1%}   chance {score['chance']:4.0%}   {score['n']} questions"
+    error, rates = standard_error(score['accuracy'], score['n']), ''.join(f'   {k} {v:.1%}' for k, v in score.items() if k.startswith('pass@'))
+    return f"{name:16} {score['accuracy']:6.1%} ± {error:.1%}   chance {score['chance']:4.0%}   {score['n']} questions{rates}"
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #edc5dde5
 @dataclass
@@ -205,6 +242,10 @@ class ChatEvalConfig:
     tasks: str = 'spellingbee,simplespelling,arithmetic,arithmetic3,pydoc'  # names separated by commas, 'all' of those without downloads, or 'chatcore'
     max_problems: int = 200  # items per task
     max_new_tokens: int | None = None  # longest answer in tokens; each task knows a good value
+    num_samples: int = 0  # sampled answers to each question of generative tasks, for pass@k; 0: none
+    temperature: float = 1.0  # of the sampled answers; the others are given at temperature 0
+    top_k: int = 50  # of the sampled answers; 0 considers every token
+    pass_k: str = ''  # the k of pass@k, separated by commas; empty: 1, 2, 4, ... up to the number of samples
     batch_size: int = 64  # answers decoded at the same time
     device: str | None = None  # cpu, cuda or mps; the best there is if left out
     i_understand: bool = False  # run code the model writes for humaneval even where it cannot be isolated
@@ -215,13 +256,19 @@ def check_settings(cfg: ChatEvalConfig) -> list[str]:
     for name in ('max_problems', 'batch_size', 'max_new_tokens'):
         value = getattr(cfg, name)
         if value is not None and value < 1: raise UserError(f"{name} {value} is too small; give --{name.replace('_', '-')} 1 or more")
+    for name in ('num_samples', 'top_k'):
+        if getattr(cfg, name) < 0: raise UserError(f"{name} {getattr(cfg, name)} is negative; give --{name.replace('_', '-')} 0 or more")
+    if not 0 < cfg.temperature < float('inf'): raise UserError(f'temperature {cfg.temperature:g} gives the same answer every time, or none; give --temperature 1.0')
+    if cfg.pass_k and not cfg.num_samples: raise UserError('pass@k needs several answers to each question; give --num-samples too, for instance 16')
+    ks_of(cfg.pass_k, cfg.num_samples)
     return task_names(cfg.tasks)
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #da8d50e4
 def mark_of(cfg: ChatEvalConfig, names: list[str], tag: str, meta: dict[str, Any]) -> str:
     "A hash of all that decides the scores."
     weights = meta.get('files', {}).get('model.safetensors', {}).get('sha256')
-    return result_mark(cfg.source, tag, meta['step'], weights, meta.get('tokenizer'), names, cfg.max_problems, cfg.max_new_tokens)
+    drawn = (cfg.num_samples, cfg.temperature, cfg.top_k, ks_of(cfg.pass_k, cfg.num_samples)) if cfg.num_samples else ()
+    return result_mark(cfg.source, tag, meta['step'], weights, meta.get('tokenizer'), names, cfg.max_problems, cfg.max_new_tokens, *drawn)
 
 def earlier(cfg: ChatEvalConfig, names: list[str], run: Path, meta: dict[str, Any]) -> dict[str, Any] | None:
     "The result of the same evaluation made before, unless it is to be made again."
@@ -229,19 +276,40 @@ def earlier(cfg: ChatEvalConfig, names: list[str], run: Path, meta: dict[str, An
     return recall_result('chat_eval', mark_of(cfg, names, run.name, meta))
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #fcbfaba9
-def score_task(name: str, engine: Engine, cfg: ChatEvalConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def ready_tasks(names: list[str], max_problems: int, **settings: Any) -> dict[str, Task]:
+    "The held-out tasks by name. Raises `UserError` for missing data, and where answers could not be marked, before any question is asked."
+    tasks = {name: make_task(name, 'test', max_problems, **settings) for name in names}
+    for task in tasks.values(): task.check_ready()
+    return tasks
+
+def writes(task: Task) -> bool:
+    "Whether a task lets the model write; the others compare answers or letters."
+    return task.eval_type == 'generative' and not (len(task) and 'choices' in task[0])
+
+def score_task(name: str, task: Task, engine: Engine, cfg: ChatEvalConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     "Score and records of one task."
-    spec, start = TASKS[name], time.monotonic()
-    task = make_task(name, 'test', cfg.max_problems)
-    if isinstance(task, HumanEval): task.settings['i_understand'] = cfg.i_understand
-    with Progress(len(chosen(task, cfg.max_problems)), name, 'questions') as bar:
-        records = evaluate_task(task, engine, max_problems=cfg.max_problems, max_tokens=cfg.max_new_tokens or spec.max_tokens, batch_size=cfg.batch_size, bar=bar)
+    spec, start, sampled = TASKS[name], time.monotonic(), cfg.num_samples > 0 and writes(task)
+    settings = dict(max_problems=cfg.max_problems, max_tokens=cfg.max_new_tokens or spec.max_tokens, batch_size=cfg.batch_size)
+    with Progress(len(chosen(task, cfg.max_problems)) * (1 + sampled), name, 'questions') as bar:
+        records = evaluate_task(task, engine, bar=bar, **settings)
+        drawn = sample_task(task, engine, cfg.num_samples, temperature=cfg.temperature, top_k=cfg.top_k, bar=bar, **settings) if sampled else []
     score = dict(accuracy=accuracy(records), chance=spec.chance, n=len(records), reward=sum(r['reward'] for r in records) / max(len(records), 1))
+    if sampled: score |= pass_rates(drawn, ks_of(cfg.pass_k, cfg.num_samples)) | dict(num_samples=cfg.num_samples)
+    for r, d in zip(records, drawn): r['samples'] = d['samples']
     return score | dict(seconds=round(time.monotonic() - start, 2)), records
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     "All records as lines of JSON, replacing what was there."
     atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+
+# %% ../../nbs/scripts/07_chat_eval.ipynb #f441ca45
+def chatcore_values(engine: Engine, tasks: dict[str, Task], max_problems: int, batch_size: int = 64, max_tokens: int | None = None) -> dict[str, float]:
+    "`chatcore`, and `chatcore/NAME` for the accuracy of each task on its first `max_problems` questions: values for a run's metrics. All ranks share the work."
+    found = {}
+    for name, task in tasks.items():
+        records = evaluate_task(task, engine, max_problems=max_problems, max_tokens=max_tokens or TASKS[name].max_tokens, batch_size=batch_size)
+        found[name] = dict(accuracy=accuracy(records), chance=TASKS[name].chance)
+    return dict(chatcore=chat_core(found)) | {f'chatcore/{name}': f['accuracy'] for name, f in found.items()}
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #8a42b439
 def samples_from(name: str, records: list[dict[str, Any]], count: int = 2) -> list[dict[str, Any]]:
@@ -261,9 +329,10 @@ def chat_eval(cfg: ChatEvalConfig) -> dict[str, Any]:
         if done := earlier(cfg, names, run, meta):
             print0(f"{cfg.source}/{tag}, step {meta['step']}: marked before with these settings, ChatCORE {done['chat_core']:.3f}; --force marks again")
             return done | dict(skipped=True)
+        tasks = ready_tasks(names, cfg.max_problems, i_understand=cfg.i_understand)
         print0(f"evaluating {cfg.source}/{tag}, step {meta['step']}, on {', '.join(names)}")
-        for name in names:
-            scores[name], records = score_task(name, engine, cfg)
+        for name, task in tasks.items():
+            scores[name], records = score_task(name, task, engine, cfg)
             if get_ranks().is_main: write_records(run/f'eval_{name}.jsonl', records)
             samples += samples_from(name, records)
             print0(score_line(name, scores[name]))
