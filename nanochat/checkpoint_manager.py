@@ -9,8 +9,8 @@ __all__ = ['PHASES', 'COMMANDS', 'TOKENIZER_FILES', 'PUBLIC', 'PARTS', 'FIRST_MO
            'nbytes_of', 'write_checkpoint', 'save_checkpoint', 'read_meta', 'list_checkpoints', 'prune_checkpoints',
            'clean_run', 'settle_run', 'Checkpoint', 'verify', 'find_step', 'load_checkpoint', 'check_config',
            'load_weights', 'config_of', 'empty_model', 'build_model', 'newest_tag', 'runs_in', 'deepest', 'public_run',
-           'listing', 'meta_name', 'find_run', 'results_dir', 'load_model', 'public_meta', 'public_state', 'parts_of',
-           'only_parts', 'public_config', 'check_gates', 'fit_rows', 'load_public_checkpoint']
+           'listing', 'meta_name', 'find_run', 'step_of', 'results_dir', 'load_model', 'public_meta', 'public_state',
+           'parts_of', 'only_parts', 'public_config', 'check_gates', 'fit_rows', 'load_public_checkpoint']
 
 # %% ../nbs/08_checkpoint_manager.ipynb #fa671f02
 import contextlib, dataclasses, errno, json, os, pickle, random, re, shutil, time
@@ -353,6 +353,11 @@ def find_run(source: str, model_tag: str | None = None, path: Path | str | None 
     if path: raise UserError(f"--path belongs to --source public, not to --source {source}")
     return run_dir(source, model_tag or newest_tag(source))
 
+def step_of(path: Path | str | None, step: int | None = None) -> int | None:
+    "The step that was asked for, or that a path names which ends in one (`model_000010.pt`, `step_000010`)."
+    named = re.fullmatch(r'(?:model|meta|step)_(\d+)(?:\.pt|\.json)?', Path(path).name) if path and step is None else None
+    return int(named[1]) if named else step
+
 def results_dir(source: str, run: Path) -> Path:
     "Where a command may write about a run: into it, or, for somebody else's directory, into a folder of our own."
     if source != PUBLIC: return run
@@ -363,8 +368,7 @@ def results_dir(source: str, run: Path) -> Path:
 def load_model(source: str, device: torch.device | str, phase: str = 'eval', model_tag: str | None = None, step: int | None = None,
                path: Path | str | None = None) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     "Model, tokenizer and meta of a stage (base, mid, sft, rl): the deepest run and its newest step unless told otherwise. Source public: of the directory `path`."
-    if path and step is None and (named := re.fullmatch(r'model_(\d+)\.pt', Path(path).name)): step = int(named[1])
-    return build_model(find_run(source, model_tag, path), step, torch.device(device), phase)
+    return build_model(find_run(source, model_tag, path), step_of(path, step), torch.device(device), phase)
 
 # %% ../nbs/08_checkpoint_manager.ipynb #37486e7d
 def public_meta(path: Path) -> dict[str, Any]:
