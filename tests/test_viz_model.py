@@ -44,7 +44,6 @@ def test_labels(tokenizer):
     assert labels[0] == '<|bos|>' and len(labels) == len(ids)
     raw = b''.join(tokenizer.decode_single_token_bytes(i) for i in ids[1:])
     assert raw == 'é a\n\tb'.encode() and all(l and not l.isspace() for l in labels)
-    assert [V.visible(b) for b in (b' x', b'\n\n', b'\xff', b'\t')] == ['·x', '↵↵', '<ff>', '→']
 
 
 def queries_and_keys(model, ids):
@@ -167,10 +166,10 @@ def test_depth_row(depth, ratio):
 def test_depth_explorer():
     e = moved(V.depth_explorer(12), depth=[2, 32, 20], tokens_per_parameter=[20.], gpu=['t4'], gpus=[1], efficiency=[.3], dollars_per_gpu_hour=[1.])
     row = V.depth_row(20, ratio=20., gpu='t4', gpus=1, efficiency=.3, dollars_per_gpu_hour=1.)
-    assert V.clock(row.hours) in e.shown.data and f'{row.dollars:,.0f}' in e.shown.data
+    assert V.human_hours(row.hours) in e.shown.data and f'{row.dollars:,.0f}' in e.shown.data
     e.set(efficiency=.1)
-    assert V.clock(3 * row.hours) in e.shown.data
-    assert [V.clock(h) for h in (.01, 3.04, 100)] == ['0.6 min', '3.04 h', '4.17 days']
+    assert V.human_hours(3 * row.hours) in e.shown.data
+    assert [V.human_hours(h) for h in (.01, 3.04, 100)] == ['0.6 min', '3.04 h', '4.17 days']
 
 
 @pytest.mark.parametrize('shape', [(16, 16), (12, 40), (40, 12)])
@@ -325,7 +324,7 @@ def test_measured_step_is_the_unsharded_one(fp32):
     """Two processes that shard gradients and optimizer leave, both, the model that one process computes from both batches."""
     toy = V.ToyStep(depth=1, vocab_size=128, sequence_len=32, rows=2)
     spans, params = V.measured_step(toy)
-    assert {s.rank for s in spans} == {0, 1} and {s.name for s in spans} == set(V.WORK)
+    assert {s.rank for s in spans} == {0, 1} and {s.name for s in spans} == set(V.STEP_COLORS)
     assert all(s.end > s.start >= 0 for s in spans)
     assert all(torch.equal(a, b) for a, b in zip(*params))
     start = list(toy.model().parameters())
@@ -337,8 +336,8 @@ def test_measured_step_is_the_unsharded_one(fp32):
 @pytest.mark.parametrize('world', [1, 2, 3])
 def test_flat(world):
     parts = [torch.randn(3, 5), torch.randn(7), torch.randn(2, 2).bfloat16()]
-    x = V.flat(parts, world)
+    x = V.flatten_all(parts, world)
     assert len(x) % world == 0 and len(x) - 26 < world and not x[26:].any()
     again = [torch.zeros_like(p) for p in parts]
-    V.unflat(x, again)
+    V.unflatten_into(x, again)
     assert all(torch.equal(a, b) for a, b in zip(parts, again))
