@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'DEFAULTS', 'adamw_state', 'adamw_step', 'nesterov', 'polar_express', 'equilibrate_rows', 'snap_norm',
            'reduce_variance', 'cautious_step', 'muon_step', 'StackLayout', 'stack_padded', 'adamw_rows', 'can_compile',
-           'polar_dtype', 'checked_group', 'MuonAdamW']
+           'polar_dtype', 'checked_group', 'MuonAdamWSteps', 'stacked_gradients', 'Pending', 'Collectives', 'in_rounds',
+           'shared_step', 'lengths_of_parts', 'part_of', 'merged_state', 'MuonAdamW']
 
 # %% ../nbs/05_optim.ipynb #a9a7538b
 import functools, importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
@@ -165,12 +168,9 @@ def checked_group(group: dict[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS[kind], **group, 'params': params}
 
 # %% ../nbs/05_optim.ipynb #cb2e85c2
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for groups of kind 'muon', AdamW for groups of kind 'adamw'.
-
-    Groups: `dict(kind='adamw', params, lr, betas, eps, weight_decay)` and `dict(kind='muon', params, lr, momentum, ns_steps,
-    beta2, weight_decay)`, the latter with matrices of one shape. All settings are read anew at every step. Parameters without a
-    gradient are left alone (AdamW) or count as having a zero one (Muon, unless the whole group has none)."""
+class MuonAdamWSteps(torch.optim.Optimizer):
+    "The groups and their steps."
+    collectives: 'Collectives | None' = None  # None: this process does all the work
 
     def __init__(self, param_groups: list[dict[str, Any]]):
         super().__init__(param_groups, {})
@@ -185,27 +185,24 @@ class MuonAdamW(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for group in self.param_groups: (_muon_group if group['kind'] == 'muon' else _adamw_group)(group, self.state)
+        if self.collectives: in_rounds(shared_step(g, self.state, self.collectives) for g in self.param_groups)
+        else:
+            for group in self.param_groups: (_muon_group if group['kind'] == 'muon' else _adamw_group)(group, self.state)
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        "Restore a saved state bit for bit: every tensor is copied in its own dtype to its parameter's device."
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict['param_groups'] for i in group['params']]
-        params = [p for group in self.param_groups for p in group['params']]
-        copy = lambda v, p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
-        for i, p in zip(saved, params):
-            if i in state_dict['state']: self.state[p] = {k: copy(v, p) for k, v in state_dict['state'][i].items()}
-
-# %% ../nbs/05_optim.ipynb #b9f1dc00
+# %% ../nbs/05_optim.ipynb #487ecdd1
 def _adamw_group(group: dict[str, Any], state: dict[Tensor, dict]) -> None:
     "One step of an AdamW group."
     params = [p for p in group['params'] if p.grad is not None]
-    if not params: return
-    for p in params:
-        if not state[p]: state[p].update(adamw_state(p))
-    adamw_step(params, [p.grad for p in params], [state[p] for p in params], lr=group['lr'], betas=group['betas'], eps=group['eps'], weight_decay=group['weight_decay'])
+    if params: _adamw_update(group, state, params, params, [p.grad for p in params])
 
+def _adamw_update(group: dict[str, Any], state: dict[Tensor, dict], params: list[Tensor], parts: list[Tensor], grads: list[Tensor]) -> None:
+    "Update `parts` of the parameters, rows of them or the whole, from the gradients of these parts."
+    for p, part in zip(params, parts):
+        if not state[p]: state[p].update(adamw_state(part))
+    adamw_step(parts, grads, [state[p] for p in params], **{k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')})
+
+# %% ../nbs/05_optim.ipynb #6c5c269c
 def _muon_state(group: dict[str, Any], state: dict[Tensor, dict], layout: StackLayout) -> dict[str, Tensor]:
     "The group's stacked state, kept under its first parameter: momentum (chunk, rows, cols) and second moment (chunk, rows, 1) or (chunk, 1, cols)."
     p = group['params'][0]
@@ -215,17 +212,156 @@ def _muon_state(group: dict[str, Any], state: dict[Tensor, dict], layout: StackL
         state[p].update(momentum_buffer=new(layout.chunk, rows, cols), second_moment=new(layout.chunk, *((rows, 1) if rows >= cols else (1, cols))))
     return state[p]
 
-# %% ../nbs/05_optim.ipynb #487ecdd1
+def _muon_update(group: dict[str, Any], state: dict[Tensor, dict], layout: StackLayout, stacked: Tensor, grads: Tensor) -> None:
+    "Update a stack (chunk, rows, cols) in place."
+    buffers = _muon_state(group, state, layout)
+    settings, fn = {k: group[k] for k in ('lr', 'momentum', 'beta2', 'weight_decay')}, muon_step
+    if can_compile(stacked.device):
+        settings, fn = {k: torch.tensor(v, dtype=torch.float32) for k, v in settings.items()}, _compiled_muon_step()
+    fn(stacked, grads, buffers['momentum_buffer'], buffers['second_moment'], ns_steps=group['ns_steps'], dtype=polar_dtype(stacked.device), **settings)
+
+# %% ../nbs/05_optim.ipynb #71d5ffe9
+def stacked_gradients(params: list[Tensor], layout: StackLayout) -> Tensor:
+    "The fp32 gradients of equal matrices (padded, rows, cols), zeros where there is none."
+    return stack_padded([torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in params], layout)
+
 def _muon_group(group: dict[str, Any], state: dict[Tensor, dict]) -> None:
     "One step of a Muon group: stack, update, copy back."
-    params = group['params']
+    params, layout = group['params'], StackLayout(len(group['params']))
     if all(p.grad is None for p in params): return
-    device, layout = params[0].device, StackLayout(len(params))
-    buffers = _muon_state(group, state, layout)
     stacked = stack_padded([p.float() for p in params], layout)
-    grads = stack_padded([torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in params], layout)
-    settings, fn = {k: group[k] for k in ('lr', 'momentum', 'beta2', 'weight_decay')}, muon_step
-    if can_compile(device):
-        settings, fn = {k: torch.tensor(v, dtype=torch.float32) for k, v in settings.items()}, _compiled_muon_step()
-    fn(stacked, grads, buffers['momentum_buffer'], buffers['second_moment'], ns_steps=group['ns_steps'], dtype=polar_dtype(device), **settings)
-    torch._foreach_copy_(params, list(stacked[:layout.count]))
+    _muon_update(group, state, layout, stacked, stacked_gradients(params, layout))
+    torch._foreach_copy_(params, list(stacked))
+
+# %% ../nbs/05_optim.ipynb #580a1f5d
+@dataclass
+class Pending:
+    "A collective under way: its result, and its input, which must live until it has finished."
+    work: Any
+    out: Tensor
+    source: Tensor
+
+    def wait(self) -> Tensor:
+        "The result, once it is there."
+        self.work.wait()
+        return self.out
+
+class Collectives:
+    "What the processes of the default group exchange. Each method starts and returns at once; all processes must call them in the same order."
+    def __init__(self): self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, x: Tensor) -> Pending:
+        "The sum of everyone's x."
+        out = x.clone()
+        return Pending(dist.all_reduce(out, async_op=True), out, x)
+
+    def sum_of_part(self, x: Tensor) -> Pending:
+        "This process's part, of `world_size` along dimension 0, of the sum of everyone's x."
+        scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+        out = x.new_empty(len(x) // self.world_size, *x.shape[1:])
+        return Pending(scatter(out, x, async_op=True), out, x)
+
+    def gather(self, part: Tensor) -> Pending:
+        "Everyone's parts, one after the other along dimension 0."
+        gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+        out = part.new_empty(len(part) * self.world_size, *part.shape[1:])
+        return Pending(gather(out, part, async_op=True), out, part)
+
+# %% ../nbs/05_optim.ipynb #2c699b97
+def in_rounds(steps: Iterator[Iterator[None]]) -> None:
+    "Advance all generators by one pause at a time, until all have ended."
+    running, done = list(steps), object()
+    while running: running = [s for s in running if next(s, done) is not done]
+
+def _shared_adamw(group: dict[str, Any], state: dict[Tensor, dict], c: Collectives) -> Iterator[None]:
+    "The step of an AdamW group: rows of large parameters, the whole of small ones."
+    params = group['params']
+    rows = [adamw_rows(p.shape, c.rank, c.world_size) for p in params]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in params]
+    sums = [c.sum(g) if r is None else c.sum_of_part(g) for g, r in zip(grads, rows)]
+    yield
+    parts = [p if r is None else p[r] for p, r in zip(params, rows)]
+    _adamw_update(group, state, params, parts, [s.wait() for s in sums])
+    gathers = [(p, c.gather(part.contiguous())) for p, part, r in zip(params, parts, rows) if r is not None]
+    yield
+    for p, g in gathers: p.copy_(g.wait())
+
+# %% ../nbs/05_optim.ipynb #6a3e62a5
+def _shared_muon(group: dict[str, Any], state: dict[Tensor, dict], c: Collectives) -> Iterator[None]:
+    "The step of a Muon group: this process's chunk of the stack."
+    params, layout = group['params'], StackLayout(len(group['params']), c.world_size)
+    sums = c.sum_of_part(stacked_gradients(params, layout))
+    yield
+    owned = [params[i].float() if i < layout.count else torch.zeros_like(params[0], dtype=torch.float32) for i in layout.owned(c.rank)]
+    stacked = torch.stack(owned)
+    _muon_update(group, state, layout, stacked, sums.wait())
+    gathered = c.gather(stacked)
+    yield
+    torch._foreach_copy_(params, list(gathered.wait()[:layout.count]))
+
+def shared_step(group: dict[str, Any], state: dict[Tensor, dict], c: Collectives) -> Iterator[None]:
+    "One step of a group that `c.world_size` processes share, pausing where it would wait."
+    return (_shared_muon if group['kind'] == 'muon' else _shared_adamw)(group, state, c)
+
+# %% ../nbs/05_optim.ipynb #ca87fa1a
+def lengths_of_parts(groups: list[dict[str, Any]], world_size: int) -> dict[int, int]:
+    "Parameters whose state is kept in parts, by their number in a state dict, and the length of the whole: a group's matrices, or rows."
+    lengths, i = {}, 0
+    for g in groups:
+        if g['kind'] == 'muon': lengths[i] = len(g['params'])
+        else: lengths |= {i + k: len(p) for k, p in enumerate(g['params']) if adamw_rows(p.shape, 0, world_size) is not None}
+        i += len(g['params'])
+    return lengths
+
+def part_of(entry: dict[str, Tensor], length: int, rank: int, world_size: int) -> dict[str, Tensor]:
+    "What `rank` keeps of the state of one parameter, zero-padded where it ends early. Step counts are everyone's."
+    chunk = -(-length // world_size)
+    pad = lambda t: torch.cat([t, t.new_zeros(chunk * world_size - length, *t.shape[1:])])
+    return {k: pad(t)[rank * chunk:(rank + 1) * chunk].clone() if t.ndim else t.clone() for k, t in entry.items()}
+
+def merged_state(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    "One state dict from those of all processes, in any order. Where each process keeps everything, theirs is returned. Raises `ValueError` if one is missing."
+    if 'shard' not in parts[0]: return parts[0]
+    parts = sorted(parts, key=lambda part: part['shard']['rank'])
+    ranks, world_size, lengths = [q['shard']['rank'] for q in parts], *(parts[0]['shard'][k] for k in ('world_size', 'lengths'))
+    if ranks != list(range(world_size)): raise ValueError(f'an optimizer state kept by {world_size} processes needs the parts 0 to {world_size - 1}, not {ranks}')
+    join = lambda i, k, t: torch.cat([q['state'][i][k] for q in parts])[:lengths[i]] if i in lengths and t.ndim else t
+    return dict(state={i: {k: join(i, k, t) for k, t in entry.items()} for i, entry in parts[0]['state'].items()}, param_groups=parts[0]['param_groups'])
+
+# %% ../nbs/05_optim.ipynb #610e71fc
+class MuonAdamW(MuonAdamWSteps):
+    """Muon for groups of kind 'muon', AdamW for groups of kind 'adamw'.
+
+    Groups: `dict(kind='adamw', params, lr, betas, eps, weight_decay)` and `dict(kind='muon', params, lr, momentum, ns_steps,
+    beta2, weight_decay)`, the latter with matrices of one shape. All settings are read anew at every step. Parameters without a
+    gradient are left alone (AdamW) or count as having a zero one (Muon, unless the whole group has none; both after `share`)."""
+
+    shares = property(lambda self: self.collectives is not None, doc='Whether `step` sums the gradients over all processes; nobody else may then.')
+
+    def share(self, collectives: Collectives | None = None) -> 'MuonAdamW':
+        "From now on share work and state with the other processes of the default group, if there are any: `step` sums the gradients itself."
+        if collectives is None and dist.is_available() and dist.is_initialized(): collectives = Collectives()
+        if self.shares or collectives is None or collectives.world_size == 1: return self
+        whole = self.state_dict()
+        self.collectives = collectives
+        self.load_state_dict(whole)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        "The state that this process keeps; where it shares, `shard` says which part that is."
+        c, state = self.collectives, super().state_dict()
+        return state if c is None else state | dict(shard=dict(rank=c.rank, world_size=c.world_size, lengths=lengths_of_parts(self.param_groups, c.world_size)))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        "Restore this process's part of a saved state bit for bit, from the part or from the whole. Raises `ValueError` for another's part."
+        shard, c = state_dict.get('shard'), self.collectives
+        if shard and (c is None or (shard['rank'], shard['world_size']) != (c.rank, c.world_size)):
+            raise ValueError(f"this is part {shard['rank']} of an optimizer state that {shard['world_size']} processes kept; load the merged_state of all parts")
+        lengths = lengths_of_parts(self.param_groups, c.world_size) if c and not shard else {}
+        cut = lambda i, entry: part_of(entry, lengths[i], c.rank, c.world_size) if i in lengths else entry
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict['param_groups'] for i in group['params']]
+        params = [p for group in self.param_groups for p in group['params']]
+        copy = lambda v, p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
+        for n, (i, p) in enumerate(zip(saved, params)):
+            if i in state_dict['state']: self.state[p] = {k: copy(v, p) for k, v in cut(n, state_dict['state'][i]).items()}
