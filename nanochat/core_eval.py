@@ -7,13 +7,13 @@ __all__ = ['KINDS', 'SHARE', 'TIE', 'CHUNK', 'URL', 'MINI', 'examples_for', 'par
            'common_prefix', 'crop', 'rows_of', 'judge', 'decide', 'padded', 'positions', 'all_logits', 'score_plainly',
            'context_limit', 'item_rows', 'predict_one', 'evaluate_example', 'PackedLinear', 'PackedMLP', 'LastBlock',
            'reading_copy', 'Counts', 'Reader', 'per_row', 'judged', 'score_rows', 'shared_prefix', 'score_shared',
-           'score_items', 'predict', 'world', 'from_rank0', 'combine', 'predict_all', 'accuracy', 'evaluate_task',
-           'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items', 'parse_tasks', 'make_bundle',
-           'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download', 'fetch_bundle', 'windows', 'words_of',
-           'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word', 'mini_swapped_word', 'mini_bundle',
-           'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task', 'task_costs', 'evaluate_core',
-           'summary', 'references', 'core_csv', 'core_figure', 'save_tables', 'bench_task', 'core_bench', 'bench_table',
-           'main']
+           'within_reach', 'score_items', 'predict', 'world', 'from_rank0', 'combine', 'predict_all', 'accuracy',
+           'evaluate_task', 'check_enough', 'CoreTask', 'Bundle', 'line_fault', 'parse_items', 'parse_tasks',
+           'make_bundle', 'open_folder', 'open_zip', 'open_bundle', 'BundleConfig', 'download', 'fetch_bundle',
+           'windows', 'words_of', 'mini_next_line', 'mini_docstring', 'with_gold', 'mini_last_word',
+           'mini_swapped_word', 'mini_bundle', 'choose_tasks', 'reading_cost', 'TaskResult', 'TaskFiles', 'run_task',
+           'task_costs', 'evaluate_core', 'summary', 'references', 'core_csv', 'core_figure', 'save_tables',
+           'bench_task', 'core_bench', 'bench_table', 'main']
 
 # %% ../nbs/13_core_eval.ipynb #d9bc3034
 import copy, csv, hashlib, io, json, math, random, re, time, urllib.error, urllib.request, zipfile
@@ -278,6 +278,18 @@ def score_shared(reader: Reader, items: Sequence[list[Row]], shared: Sequence[in
         for mine, rows, s in zip(found, items, scores): mine += [s] if c < len(rows) else []
     return found
 
+# %% ../nbs/13_core_eval.ipynb #1a81a66e
+def within_reach(batch: Sequence[int], shared: Sequence[int], tail: Sequence[int], reach: int) -> list[list[int]]:
+    "A batch of items in parts whose longest prefix and longest tail together stay within `reach` positions."
+    out, n, t = [[]], 0, 0
+    for i in batch:
+        n, t = max(n, shared[i]), max(t, tail[i])
+        if out[-1] and n + t > reach:
+            out.append([])
+            n, t = shared[i], tail[i]
+        out[-1].append(i)
+    return out
+
 # %% ../nbs/13_core_eval.ipynb #c9359009
 TIE = 3e-4  # in nats or logits; the differences seen are below 3e-5
 
@@ -288,7 +300,8 @@ def score_items(reader: Reader, items: Sequence[list[Row]], done: Callable[[int]
     together = [i for i, n in enumerate(shared) if n]
     tail = [max(len(r.ids) for r in items[i]) - shared[i] for i in together]
     by = lambda j: (round(8 * math.log2(shared[together[j]])), tail[j])  # steps of 9% in the prefix's length, then by what follows
-    for batch in in_batches([shared[i] + t for i, t in zip(together, tail)], reader.budget, by):
+    batches = in_batches([shared[i] + t for i, t in zip(together, tail)], reader.budget, by)
+    for batch in (part for b in batches for part in within_reach(b, [shared[i] for i in together], tail, context_limit(reader.gpt))):
         for j, scores in zip(batch, score_shared(reader, [items[together[j]] for j in batch], [shared[together[j]] for j in batch])): found[together[j]] = scores
         done(len(batch))
     single = [(i, c) for i, rows in enumerate(items) if not shared[i] for c in range(len(rows))]

@@ -6,11 +6,11 @@
 __all__ = ['STAGES', 'RUN_FOLDERS', 'W', 'H', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'HIDDEN', 'TITLES', 'CSS', 'PAGE', 'log_result',
            'load_results', 'result_mark', 'show_again', 'recall_result', 'merge_steps', 'Series', 'series', 'smooth',
            'thin', 'nice_ticks', 'Plot', 'tick', 'legend', 'svg', 'Bars', 'bars_svg', 'sparkline', 'show', 'Table',
-           'Section', 'Report', 'words', 'facts', 'before_after', 'table_of', 'nested_tables', 'Stage', 'find_run',
-           'load_stages', 'loss_plots', 'reward_plots', 'stage_plots', 'samples_of', 'stage_section', 'task_scores',
-           'by_source', 'show_score', 'across', 'score_bars', 'score_table', 'score_section', 'total_seconds',
-           'time_section', 'headline', 'key_figures', 'build_report', 'clean_text', 'md_table', 'md_plot',
-           'render_markdown', 'render_html', 'generate_report']
+           'Section', 'Report', 'words', 'facts', 'before_after', 'table_of', 'nested_tables', 'core_name',
+           'core_tables', 'Stage', 'find_run', 'load_stages', 'loss_plots', 'reward_plots', 'stage_plots', 'samples_of',
+           'stage_section', 'task_scores', 'by_source', 'show_score', 'across', 'score_bars', 'score_table',
+           'score_section', 'total_seconds', 'time_section', 'headline', 'beside_core', 'key_figures', 'build_report',
+           'clean_text', 'md_table', 'md_plot', 'render_markdown', 'render_html', 'generate_report']
 
 # %% ../nbs/15_report.ipynb #d8094408
 import datetime, hashlib, html, json, math, re
@@ -210,6 +210,7 @@ def sparkline(y: Sequence[float], width: int = 48) -> str:
 # %% ../nbs/15_report.ipynb #43db5590
 def show(key: str, v: Any) -> str:
     "A value as text, with the unit that its key names."
+    if v is None and key == 'mfu': return 'n/a'  # nobody knows what this device could do
     if v is None or isinstance(v, float) and not math.isfinite(v): return '–'
     if isinstance(v, bool): return 'yes' if v else 'no'
     if isinstance(v, (int, float)): return _show_number(key, v)
@@ -222,7 +223,7 @@ def _show_number(key: str, v: float) -> str:
     if re.search(r'bytes?_per_|per_byte', key): return f'{v:.4g}'
     if re.search(r'second|elapsed|(^|_)time$', key) and 'per_second' not in key: return human_time(v) if v >= 0 else f'{v:g}'
     if re.search(r'(^|_)(n?bytes|memory)$', key): return human(v, 'B')
-    if re.search(r'accuracy|chance|fraction|share', key) and 0 <= v <= 1: return f'{v:.1%}'
+    if re.search(r'accuracy|chance|fraction|share|(^|_)mfu$', key) and 0 <= v <= 1: return f'{v:.1%}'
     if re.search(r'(^|_)flops$', key): return human(v, 'FLOP')
     if isinstance(v, int): return f'{v:,}' if abs(v) < 10**9 else human(v)
     return f'{v:,.0f}' if abs(v) >= 10_000 else f'{v:.4g}'
@@ -255,7 +256,7 @@ class Report:
     sections: list[Section]
 
 # %% ../nbs/15_report.ipynb #7c1d8ae3
-HIDDEN = {'stage', 'time', 'samples', 'mark', 'model_config', 'config', 'environment'}
+HIDDEN = {'stage', 'time', 'samples', 'mark', 'model_config', 'config', 'environment', 'core', 'core_complete', 'core_folder', 'core_accuracy', 'core_centered', 'core_reference'}
 
 def words(key: str) -> str:
     "A key as words: 'val_bpb' -> 'val bpb'."
@@ -285,6 +286,20 @@ def nested_tables(result: dict) -> list[Table]:
     "A table for every value of a result that is a dict or a list of dicts."
     good = lambda v: isinstance(v, dict) and v or isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
     return [table_of(v, k) for k, v in result.items() if k not in HIDDEN and good(v)]
+
+# %% ../nbs/15_report.ipynb #91ff64dc
+def core_name(result: dict) -> str:
+    "What the CORE number of a result may be called: CORE only for all 22 tasks of the bundle."
+    return {'full': 'CORE', 'mini': 'CORE-mini'}.get(result.get('core'), 'CORE') + ('' if result.get('core_complete', True) else ' (some tasks)')
+
+def core_tables(result: dict) -> list[Table]:
+    "CORE by task: accuracy, centred score (0 is chance, 1 perfect), GPT-2's centred scores where the bundle has them. Empty without CORE."
+    got, centred, beside = (result.get(k) or {} for k in ('core_accuracy', 'core_centered', 'core_reference'))
+    if not got: return []
+    cell = lambda scores, task: f'{scores[task]:.3f}' if _number(scores.get(task)) else '–'
+    rows = [[t, show('accuracy', v), cell(centred, t), *(cell(s, t) for s in beside.values())] for t, v in got.items()]
+    rows.append([core_name(result), '', f"{result['core_metric']:.4f}" if _number(result.get('core_metric')) else '–', *(cell(s, 'CORE') for s in beside.values())])
+    return [Table(['task', 'accuracy', 'centred', *beside], rows, 'what it knows without fine-tuning; centred: 0 is guessing, 1 is perfect')]
 
 # %% ../nbs/15_report.ipynb #21512433
 @dataclass
@@ -341,7 +356,9 @@ def loss_plots(rows: list[dict], lines: dict[str, float]) -> list[Plot]:
     "Training loss and held-out loss. `lines` are references for bits per byte."
     return [Plot('training loss (nats per token)', _noisy(series(rows, 'loss', 'loss'))),
             Plot('held-out text (bits per byte)', [series(rows, 'model', 'val_bpb')], lines),
-            Plot('held-out conversations (nats per token)', [series(rows, 'loss', 'val_loss')])]
+            Plot('held-out conversations (nats per token)', [series(rows, 'loss', 'val_loss')]),
+            Plot('CORE on the first items of each task', [series(rows, 'model', 'core_metric')]),
+            Plot('ChatCORE on the first items of each task', [series(rows, 'model', 'chatcore')])]
 
 # %% ../nbs/15_report.ipynb #0983f120
 def reward_plots(rows: list[dict]) -> list[Plot]:
@@ -377,7 +394,7 @@ def stage_section(stage: Stage, lines: dict[str, float]) -> Section:
     if not stage.results:
         section.notes.append(f'{stage.name} has not finished: the curves are of what ran so far.' if stage.metrics else f'Missing: {stage.name} has not run.')
     elif facts(stage.result).rows: section.tables.append(facts(stage.result))
-    section.tables += before_after(stage.result) + nested_tables(stage.result)
+    section.tables += before_after(stage.result) + core_tables(stage.result) + nested_tables(stage.result)
     return section
 
 # %% ../nbs/15_report.ipynb #325964b5
@@ -474,11 +491,17 @@ def headline(stages: dict[str, Stage]) -> tuple[str, str]:
     return f'nanochat · {show("", tag)}', ', '.join(p for p in parts if p).replace(', of', ' of')
 
 # %% ../nbs/15_report.ipynb #07bf2421
+def beside_core(result: dict) -> str:
+    "What GPT-2 scored, smallest first, or what the number means."
+    scores = {n: s['CORE'] for n, s in (result.get('core_reference') or {}).items() if _number(s.get('CORE'))}
+    return ', '.join(f'{n} {v:.3f}' for n, v in [*scores.items()][:1] + [*scores.items()][1:][-1:]) or '0 is chance, 1 perfect'
+
 def key_figures(stages: dict[str, Stage], price: float | None) -> list[tuple[str, str, str]]:
     "What to remember: bpb against the 5-gram, mean task score after each stage, tokens, time, cost."
     ev, total, figures = stages['base_eval'].result, total_seconds(stages), []
     bpb, ngram = (ev.get(k) for k in ('val_bpb', 'ngram_bpb'))
     if _number(bpb): figures.append(('bits per byte', f'{bpb:.3f}', f'5-gram: {ngram:.3f}' if _number(ngram) else 'on held-out text'))
+    if _number(ev.get('core_metric')): figures.append((core_name(ev), f"{ev['core_metric']:.4f}", beside_core(ev)))
     for source, r in by_source(stages['chat_eval'].results).items():
         got = [t for t in task_scores(r).values() if t['accuracy'] is not None]
         mean = lambda key: sum(t[key] or 0. for t in got) / len(got)

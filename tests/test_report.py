@@ -183,6 +183,21 @@ def test_non_finite_and_odd_values(tmp_path):
     Tags(generate_report(tmp_path).read_text())
 
 
+def test_core_has_its_table_and_figure(tmp_path):
+    """One row per task beside GPT-2; 'CORE' only for all tasks; an unknown GPU has no MFU of zero."""
+    whole_pipeline(tmp_path)
+    core = dict(core='full', core_complete=True, core_metric=.1234, core_accuracy=dict(copa=.61), core_centered=dict(copa=.22), core_reference={'gpt2': dict(copa=.24, CORE=.114), 'gpt2-xl': dict(CORE=.257)})
+    log_result('base_eval', dict(tag='d4', val_bpb=1.1, **core), tmp_path)
+    log_result('base_train', dict(tag='d4', mfu=None), tmp_path)
+    generate_report(tmp_path)
+    text = (tmp_path/'report'/'report.md').read_text()
+    assert '| CORE | 0.1234 | gpt2 0.114, gpt2-xl 0.257 |' in text and '| copa | 61.0% | 0.220 | 0.240 | – |' in text and '| CORE |  | 0.1234 | 0.114 | 0.257 |' in text
+    assert '| mfu | n/a |' in text and 'core accuracy' not in text
+    log_result('base_eval', dict(tag='d4', val_bpb=1.1, **core | dict(core_complete=False)), tmp_path)
+    generate_report(tmp_path)
+    assert '| CORE (some tasks) | 0.1234 |' in (tmp_path/'report'/'report.md').read_text()
+
+
 def test_time_counts_every_evaluation(tmp_path):
     whole_pipeline(tmp_path)
     assert total_seconds(load_stages(tmp_path)) == 10 + 200 + 20 + 100 + 30 + 2*15

@@ -19,7 +19,7 @@ import torch
 
 from ..checkpoint_manager import find_step, load_model, newest_tag, run_dir
 from ..common import Progress, UserError, base_dir, cli, compute_dtype, detect_device, distributed, get_ranks, human_time, print0
-from ..core_eval import Bundle, bench_table, core_bench, evaluate_core, from_rank0, mini_bundle, open_bundle, save_tables
+from ..core_eval import Bundle, bench_table, core_bench, evaluate_core, from_rank0, mini_bundle, open_bundle, references, save_tables
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from ..dataset import Corpus, open_corpus
 from ..loss_eval import ngram_bpb
@@ -117,6 +117,7 @@ def core_result(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle,
     r = evaluate_core(model, tokenizer, bundle, device, tasks=core_tasks(cfg), max_per_task=cfg.max_per_task, folder=folder, budget=cfg.core_tokens or None)
     if get_ranks().is_main: save_tables(r, bundle, folder, name)
     return dict(core=which_core(cfg), core_metric=r['core_metric'], core_complete=r['complete'], core_accuracy=r['results'], core_centered=r['centered_results'],
+                core_reference={model: {label: s[1] for label, s in scores.items()} for model, scores in references(bundle).items()},
                 core_seconds=r['seconds'], core_folder=folder.name)
 
 def core_line(r: dict[str, Any]) -> str:
