@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['INK', 'COLORS', 'STYLE', 'SCALE', 'CARD', 'styled', 'figure', 'settle', 'png', 'Picture', 'picture',
            'import_ipywidgets', 'as_control', 'Shown', 'rendered', 'error_html', 'Explorer', 'Html', 'question',
-           'alone', 'SmallRun', 'small_run', 'lesson_corpus', 'LessonRun', 'trained_run', 'open_run',
-           'lesson_conversations', 'train_base', 'train_sft', 'lessons_dir', 'open_small', 'lesson_run']
+           'cell_html', 'table', 'alone', 'SmallRun', 'small_run', 'lesson_corpus', 'LessonRun', 'trained_run',
+           'open_run', 'lesson_conversations', 'train_base', 'train_sft', 'lessons_dir', 'open_small', 'lesson_run']
 
 # %% ../nbs/18_viz_base.ipynb #3e8cf0f6
 import base64, contextlib, html, io, os, re, sys, threading, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,22 @@ def question(text: str, answer: str) -> Html:
     "A question with an answer to unfold; both may hold HTML."
     box = 'border-left:3px solid #4c78dd;padding:.4em .9em;margin:.4em 0;font:14px/1.6 system-ui,sans-serif'
     return Html(f'<div style="{box}"><p style="margin:0"><b>Question.</b> {text}</p><details><summary>Answer</summary><p>{answer}</p></details></div>')
+
+# %% ../nbs/18_viz_base.ipynb #7724c94b
+def cell_html(value: Any) -> str:
+    "A table's cell: numbers with commas, text in backticks as code, all else as it is."
+    if isinstance(value, int) and not isinstance(value, bool): return f'{value:,}'
+    if isinstance(value, float): return f'{value:.3g}'
+    pieces = html.escape(str(value)).split('`')
+    return ''.join(f'<code>{t}</code>' if i % 2 else t for i, t in enumerate(pieces)) if len(pieces) % 2 else html.escape(str(value))
+
+def table(header: list[str] | str, rows: Iterable[Iterable[Any]]) -> Html:
+    "A small table; `header` may be one string with the titles separated by |. Numbers stand right."
+    titles = [h.strip() for h in header.split('|')] if isinstance(header, str) else header
+    side = lambda v: 'right' if isinstance(v, (int, float)) else 'left'
+    head = ''.join(f'<th style="text-align:left;padding:.2em .9em">{cell_html(h)}</th>' for h in titles)
+    body = ''.join('<tr>' + ''.join(f'<td style="text-align:{side(v)};padding:.2em .9em">{cell_html(v)}</td>' for v in row) + '</tr>' for row in rows)
+    return Html(f'<table style="font-size:13px"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../nbs/18_viz_base.ipynb #0f375a9a
 def _locked(file: Any) -> bool:

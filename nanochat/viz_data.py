@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'PAGE', 'SMALL', 'SENTENCE', 'LEARNED', 'GIVEN', 'SPECIAL', 'QUESTIONS', 'visible', 'chip', 'chips',
-           'merges_in', 'tokens_after', 'merge_stops', 'bytes_per_token', 'merge_line', 'curve_svg', 'merges_html',
-           'number_slider', 'merges_slider', 'Packed', 'pack', 'document_lengths', 'draw_packing', 'packing_line',
-           'packing_bars', 'MaskedToken', 'masked_tokens', 'mask_html', 'conversation_title', 'conversation_mask',
-           'bubble', 'spoken', 'conversation_html', 'answers', 'in_live_notebook', 'ChatCell', 'chat_cell']
+           'encoding_of', 'merges_in', 'tokens_after', 'merge_stops', 'bytes_per_token', 'merge_line', 'curve_svg',
+           'merges_html', 'number_slider', 'merges_slider', 'Packed', 'pack', 'document_lengths', 'draw_packing',
+           'packing_line', 'packing_bars', 'MaskedToken', 'masked_tokens', 'mask_html', 'conversation_title',
+           'conversation_mask', 'bubble', 'spoken', 'conversation_html', 'answers', 'in_live_notebook', 'ChatCell',
+           'chat_cell']
 
 # %% ../nbs/18_viz_data.ipynb #03c4be5c
 import contextlib, functools, html, io, os, sys
@@ -44,11 +45,14 @@ def chips(tokens: Sequence[bytes]) -> str:
     return PAGE.format('<wbr>'.join(chip(visible(t), COLORS[i % len(COLORS)], title=f'{len(t)} bytes: {t!r}') for i, t in enumerate(tokens)))
 
 # %% ../nbs/18_viz_data.ipynb #4dc8fa55
+def encoding_of(ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:
+    "A tiktoken encoding without special tokens from ranks, as `train_ranks` gives them."
+    return tiktoken.Encoding('of ranks', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
 @functools.lru_cache(maxsize=64)
 def _after(tokenizer: TextTokenizer, merges: int) -> tiktoken.Encoding:
     "The tokenizer's encoding when only its first `merges` merges have been learned."
-    ranks = {t: r for t, r in tokenizer.enc._mergeable_ranks.items() if r < 256 + merges}
-    return tiktoken.Encoding('first merges', pat_str=tokenizer.enc._pat_str, mergeable_ranks=ranks, special_tokens={})
+    return encoding_of({t: r for t, r in tokenizer.enc._mergeable_ranks.items() if r < 256 + merges}, tokenizer.enc._pat_str)
 
 def merges_in(tokenizer: TextTokenizer) -> int:
     "How many merges a tokenizer has learned."
