@@ -7,10 +7,11 @@ __all__ = ['PHASES', 'COMMANDS', 'TOKENIZER_FILES', 'PUBLIC', 'PARTS', 'FIRST_MO
            'barrier', 'init_run', 'run_config', 'run_tokenizer', 'check_tokenizer', 'rng_state', 'set_rng_state',
            'plain_state', 'disk_errors', 'write_weights', 'write_state', 'file_table', 'step_dir', 'describe',
            'nbytes_of', 'write_checkpoint', 'save_checkpoint', 'read_meta', 'list_checkpoints', 'prune_checkpoints',
-           'clean_run', 'settle_run', 'Checkpoint', 'verify', 'find_step', 'load_checkpoint', 'check_config',
-           'load_weights', 'config_of', 'empty_model', 'build_model', 'newest_tag', 'runs_in', 'deepest', 'public_run',
-           'listing', 'meta_name', 'find_run', 'step_of', 'results_dir', 'load_model', 'public_meta', 'public_state',
-           'parts_of', 'only_parts', 'public_config', 'check_gates', 'fit_rows', 'load_public_checkpoint']
+           'clean_run', 'settle_run', 'Checkpoint', 'verify', 'find_step', 'load_states', 'load_checkpoint',
+           'check_config', 'load_weights', 'config_of', 'empty_model', 'build_model', 'newest_tag', 'runs_in',
+           'deepest', 'public_run', 'listing', 'meta_name', 'find_run', 'step_of', 'results_dir', 'load_model',
+           'public_meta', 'public_state', 'parts_of', 'only_parts', 'public_config', 'check_gates', 'fit_rows',
+           'load_public_checkpoint']
 
 # %% ../nbs/08_checkpoint_manager.ipynb #fa671f02
 import contextlib, dataclasses, errno, json, os, pickle, random, re, shutil, time
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from .common import UserError, atomic_dir, atomic_file, atomic_write, base_dir, detect_device, environment, get_ranks, require_space, sha256_file, temporary_name
 from .gpt import VE_CHANNELS, GPT, GPTConfig, pad_to
+from .optim import merged_state
 from .tokenizer import RustBPETokenizer
 
 # %% ../nbs/08_checkpoint_manager.ipynb #f8456d9f
@@ -118,7 +120,10 @@ def disk_errors() -> Iterator[None]:
 def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     "Write tensors as safetensors. Raises `OSError` when the disk is full."
     import safetensors.torch
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors would make the file private
     with disk_errors(): safetensors.torch.save_file(state, path, metadata={'format': 'pt'})
+    with contextlib.suppress(OSError): path.chmod(mode)
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     "Write nested plain containers of tensors in a form that `torch.load(..., weights_only=True)` reads."
@@ -200,15 +205,18 @@ def clean_run(run: Path) -> None:
     for p in [*run.glob('.*.tmp'), *run.glob('.*-optim_rank*.pt')]: shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../nbs/08_checkpoint_manager.ipynb #66fff8f7
-def settle_run(run: Path, wanted: dict[str, Any], resume: bool = False, fresh: bool = False) -> dict[str, Any] | None:
+def settle_run(run: Path, wanted: dict[str, Any], resume: bool = False, fresh: bool = False, defaults: dict[str, Any] = {}) -> dict[str, Any] | None:
     """The stored configuration of a run to go on with, or None for a run to begin.
 
-    `wanted` holds the settings that decide the result. Raises `UserError` when the run was trained with others."""
+    `wanted` holds the settings that decide the result; a run that began before a setting existed has its value in `defaults`.
+    Raises `UserError` when the run was trained with others."""
     stored = None if fresh else run_config(run)
     if stored is None and not fresh:
         if list_checkpoints(run): raise UserError(f'{run} holds a checkpoint from elsewhere; give another --model-tag, or --fresh to replace it')
         if resume: raise UserError(f'there is no run {run.name} to resume in {run.parent}; leave out --resume to begin it')
-    if stored is None or resume: return stored
+    if stored is None: return None
+    stored = json.loads(json.dumps(defaults, default=str)) | stored
+    if resume: return stored
     wanted = json.loads(json.dumps(wanted, default=str))
     differ = [f'{k} {stored.get(k)} there, {v} here' for k, v in wanted.items() if stored.get(k) != v]
     if not differ: return stored
@@ -242,17 +250,29 @@ def find_step(run: Path, step: int | None) -> int:
     if step is not None and step not in steps: raise UserError(f"{run.name} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
 
-# %% ../nbs/08_checkpoint_manager.ipynb #9bf111d0
+# %% ../nbs/08_checkpoint_manager.ipynb #531e0b70
+def load_states(run: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    "Optimizer, loader and generators of this rank, verified; an optimizer state that was kept in parts is joined. Raises `UserError`."
+    path, part = step_dir(run, step), f'optim_rank{get_ranks().rank}.pt'
+    if part not in meta['files']: part = 'optim_rank0.pt'  # saved by fewer ranks
+    read = lambda name, **kw: torch.load(path/name, weights_only=True, map_location='cpu', **kw)
+    verify(run, step, meta, [part])
+    rest = read(part)
+    if 'shard' not in (rest.get('optimizer') or {}): return rest
+    names = [f'optim_rank{r}.pt' for r in range(rest['optimizer']['shard']['world_size'])]
+    if lost := [n for n in names if n not in meta['files']]: raise UserError(f"{path.name} of {run.name} lacks {', '.join(lost)}, parts of the optimizer's state; resume from another checkpoint")
+    verify(run, step, meta, names)
+    return rest | dict(optimizer=merged_state([read(n, mmap=True)['optimizer'] for n in names]))
+
+# %% ../nbs/08_checkpoint_manager.ipynb #152d1818
 def load_checkpoint(run: Path, step: int | None = None, device: torch.device | str = 'cpu', optimizer: bool = True) -> Checkpoint:
     "Read a checkpoint, the newest by default, and verify its hashes. `optimizer=False` skips all but the weights."
     import safetensors.torch
     step = find_step(run, step)
     if not step_dir(run, step).is_dir(): return load_public_checkpoint(run, step)
     path, meta = step_dir(run, step), read_meta(step_dir(run, step))
-    part = f'optim_rank{get_ranks().rank}.pt'
-    if part not in meta['files']: part = 'optim_rank0.pt'  # saved by fewer ranks: they held equal states
-    verify(run, step, meta, ['model.safetensors', part] if optimizer else ['model.safetensors'])
-    rest = torch.load(path/part, weights_only=True, map_location='cpu') if optimizer else {}
+    verify(run, step, meta, ['model.safetensors'])
+    rest = load_states(run, step, meta) if optimizer else {}
     return Checkpoint(safetensors.torch.load_file(path/'model.safetensors', device=str(device)), meta,
                       rest.get('optimizer'), rest.get('loader'), rest.get('rng'))
 

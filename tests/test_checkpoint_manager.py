@@ -257,3 +257,49 @@ def test_public_checkpoint_gives_the_reference_logits(shared_data, fp32, base_di
     with torch.no_grad(): logits = model(reference['x'])
     torch.testing.assert_close(logits[:, ::7], reference['logits'], rtol=1e-4, atol=1e-5)
     assert abs(model(reference["x"], reference["y"]).item() - float(reference['loss'])) < 1e-5
+
+
+def write_parts(run, parts, step=1):
+    """A checkpoint as several processes that share the optimizer's state write it: one file each."""
+    run.mkdir(parents=True, exist_ok=True)
+    staged = [run/f'.{step:06d}-optim_rank{r}.pt' for r in range(1, len(parts))]
+    for r, p in enumerate(staged, 1): cm.write_state(p, dict(optimizer=parts[r], loader=dict(rank=r)))
+    cm.write_checkpoint(run, step, tiny_model(), dict(optimizer=parts[0], loader=dict(rank=0)), {}, staged)
+
+
+@pytest.mark.parametrize('rank', [0, 1, 2, 5])
+def test_optimizer_state_in_parts_is_joined(tmp_path, monkeypatch, rank):
+    """Every process, also one that was not there when it was saved, gets the whole state, and its own place in the data."""
+    whole = torch.randn(5, 3)
+    cut = torch.cat([whole, torch.zeros(1, 3)]).chunk(3)
+    parts = [dict(state={0: dict(m=cut[r], step=torch.tensor(4.))}, param_groups=[dict(lr=1)], shard=dict(rank=r, world_size=3, lengths={0: 5})) for r in range(3)]
+    write_parts(tmp_path/'run', parts)
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setenv('WORLD_SIZE', '6')
+    found = cm.load_checkpoint(tmp_path/'run')
+    assert torch.equal(found.optim_state['state'][0]['m'], whole) and 'shard' not in found.optim_state
+    assert found.loader_state == dict(rank=rank if rank < 3 else 0)
+
+
+def test_a_lost_or_damaged_part_is_named(tmp_path):
+    parts = [dict(state={0: dict(m=torch.ones(1, 2))}, param_groups=[], shard=dict(rank=r, world_size=3, lengths={0: 3})) for r in range(3)]
+    write_parts(tmp_path/'two', parts[:2])
+    with pytest.raises(UserError, match='lacks optim_rank2.pt'): cm.load_checkpoint(tmp_path/'two')
+    write_parts(tmp_path/'three', parts)
+    path = cm.step_dir(tmp_path/'three', 1)/'optim_rank2.pt'
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match='optim_rank2.pt.*damaged'): cm.load_checkpoint(tmp_path/'three')
+
+
+def test_settings_younger_than_a_run_have_their_default(run):
+    assert cm.settle_run(run, dict(depth=1, smear=True), defaults=dict(smear=True)) == dict(depth=1, smear=True)
+    with pytest.raises(UserError, match='smear True there, False here'): cm.settle_run(run, dict(depth=1, smear=False), defaults=dict(smear=True))
+    assert cm.settle_run(run, dict(depth=2), resume=True, defaults=dict(depth=7, smear=True)) == dict(depth=1, smear=True)
+
+
+def test_weights_may_be_read_by_others(run):
+    """Files get the permissions of the user's umask, weights like all others."""
+    folder = cm.save_checkpoint(run, 1, tiny_model())
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1
