@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.engine import (Engine, KVCache, SlotCache, context_limit, inference_copy, last_logits, next_token_odds, pick, read_prompt, sample_next_token, uniforms)
+from nanochat.engine import (Engine, KVCache, SlotCache, ToolUse, calculator_text, context_limit, inference_copy, last_logits, next_token_odds, pick, read_prompt, sample_next_token, uniforms)
+from nanochat.execution import use_calculator
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, StreamDecoder
 
@@ -482,3 +483,14 @@ def test_public_checkpoint_decodes_as_there(shared_data):
     ends = (tok.encode_special('<|assistant_end|>'), tok.get_bos_token_id())
     stop = next((i for i, t in enumerate(new) if t in ends), len(new))
     assert Engine(model, tok).generate_batch(prompt, max_tokens=len(new), temperature=0)[0] == [prompt + new[:stop]]
+
+
+# --- what the calculator writes --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('expression, text', [('48/2', '24'), ('2.5*4', '10'), ('0.1+0.2', '0.3'), ('10/4', '2.5'), ('1/3', '0.333333333333'), ('-6/2', '-3'), ('0*-1.5', '0'),
+                                              ('7*8', '56'), ('2**70', str(2**70)), ('10**14/1', '100000000000000'), ('3*10**20/1', '3e+20'), ("'strawberry'.count('r')", '3')])
+def test_results_are_written_as_people_write_them(expression, text):
+    assert calculator_text(use_calculator(expression)) == text
+    calls = ToolUse(TOK)
+    said = [calls.next(t)[0] for t in [TOK.encode_special('<|python_start|>'), *TOK.encode(expression), TOK.encode_special('<|python_end|>'), *[65] * 60]]
+    assert f'<|output_start|>{text}<|output_end|>' in TOK.decode(said)
