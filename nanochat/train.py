@@ -11,7 +11,7 @@ __all__ = ['Batch', 'all_sum', 'close', 'fetch', 'count_targets', 'accumulate', 
            'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
-import contextlib, dataclasses, json, math, re, signal, threading, time
+import contextlib, dataclasses, json, math, signal, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from .common import Progress, UserError, append_jsonl, atomic_write, compute_dty
 from .dataloader import gather_state
 from .gpt import GPTConfig
 from .grad_scale import GradScaler, scaler_for
-from .scaling import PEAK_FLOPS, TrainPlan, apply_schedule, check_batch, model_size
+from .scaling import PEAK_FLOPS, TrainPlan, apply_schedule, check_batch, gpu_key, model_size
 from .trackers import Tracker, tracking
 
 # %% ../nbs/10_train.ipynb #00032929
@@ -139,10 +139,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
 def peak_flops(device: torch.device) -> float | None:
     "Dense half-precision FLOP/s of a GPU by its name, from `scaling.PEAK_FLOPS`; None for what the table lacks, and for CPUs."
     if device.type != 'cuda': return None
-    words = re.findall(r'[a-z0-9]+', torch.cuda.get_device_name(device).lower())
-    if {'ti', 'super', 'laptop', 'd'} & set(words): return None  # cards of other speeds under nearly the same names
-    names = {*words, *map(''.join, zip(words, words[1:]))}       # 'rtx 4090' and 'h100 pcie' are two words each
-    return next((v for k, v in PEAK_FLOPS.items() if k in names), None)
+    return PEAK_FLOPS.get(gpu_key(torch.cuda.get_device_name(device)))
 
 def utilisation(plan: TrainPlan, tok_per_sec: float, peak: float | None) -> float | None:
     "MFU: the share of the devices' peak FLOP/s that the model's own arithmetic takes; None where the peak is unknown."

@@ -289,6 +289,16 @@ def test_base_loss_decreases_within_ten_seconds(home):
     assert row['stage'] == 'base_train' and row['val_bpb'] == result['val_bpb'] and row['tokens'] == 60 * 256
 
 
+def test_a_model_without_the_optional_parts(home):
+    """The switches reach the model and are kept with the run: --resume trains the same model whatever is typed."""
+    off = dict(value_embeds=False, smear=False, backout=False, layer_scalars=False, qk_scale=1.0)
+    bt.base_train(bt.BaseTrainConfig(**TINY, **off, num_iterations=2, eval_every=-1))
+    meta = load_checkpoint(run_dir('base', 'd1')).meta
+    assert {k: meta['model_config'][k] for k in off} == off and not {'smear_lambda', 'x0_lambdas'} & set(load_checkpoint(run_dir('base', 'd1')).model_state)
+    with pytest.raises(UserError, match='smear False there, True here'): bt.base_train(bt.BaseTrainConfig(**TINY, num_iterations=2))
+    assert bt.base_train(bt.BaseTrainConfig(model_tag='d1', resume=True))['skipped']
+
+
 def test_core_during_training(home):
     """It enters the metrics at its own steps, and changes nothing about the training."""
     result = bt.base_train(bt.BaseTrainConfig(**TINY, num_iterations=6, eval_every=-1, core='mini', core_every=4, core_max_per_task=12))
