@@ -78,7 +78,7 @@ def why(f):
     return 'nothing was refused'
 
 def open_one(folder, x, prompt):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     out = dict(type=type(model).__name__, dtype=str(model.dtype), eos=model.generation_config.eos_token_id)
     with torch.no_grad():
@@ -121,7 +121,9 @@ def open_one(folder, x, prompt):
     with torch.no_grad(): out['again'] = float((AutoModelForCausalLM.from_pretrained(folder + '-again', trust_remote_code=True).eval()(x).logits - out['logits']).abs().max())
     return out
 
-result = {name: open_one(folder, job['x'], job['prompt']) for name, folder in job['folders'].items()}
+import transformers
+native = hasattr(transformers, 'NanoChatForCausalLM')
+result = {name: open_one(folder, job['x'], job['prompt']) for name, folder in job['folders'].items() if native or 'native' not in name}
 result['nanochat'] = 'nanochat' in sys.modules
 torch.save(result, sys.argv[2])
 '''
@@ -172,7 +174,12 @@ def opened(exported):
     env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TRANSFORMERS_'))} | dict(HF_HOME=str(place/'hf'), HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', CHILD, str(place/'job.pt'), str(place/'result.pt')], cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(place/'result.pt', weights_only=True)
+    return Opened(torch.load(place/'result.pt', weights_only=True))
+
+
+class Opened(dict):
+    """Results by name; a native export that this version of transformers has no class for skips its test."""
+    def __missing__(self, name): pytest.skip('this version of transformers has no NanoChat class')
 
 
 CASES = ['full', 'half', 'plain', 'plain_native', 'public']

@@ -191,7 +191,7 @@ tags: [nanochat]
 ---
 # nanochat, depth {config.n_layer}
 
-A small language model trained and exported by nanochat. It runs in {needs}.
+A small language model trained and exported by nanochat. It runs in {needs}, from version {'5.0' if native else '4.56'} of transformers on.
 
 | | |
 |---|---|
@@ -199,7 +199,7 @@ A small language model trained and exported by nanochat. It runs in {needs}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{code})
 {USAGE[chat]}
 ids = model.generate(**inputs, max_new_tokens=64)
