@@ -396,6 +396,7 @@ class Nursery:
     def close(self) -> None:
         "End the nursery."
         self.control.close()
+        self.process.kill()
         self.process.wait()
 
     def __enter__(self) -> 'Nursery': return self

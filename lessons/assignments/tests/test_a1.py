@@ -157,6 +157,8 @@ def test_fast_agrees(student, rng):
     for n in (0, 1, 2, 40, 90):
         text = sentence(rng, n)
         assert student.encode_fast(text, merges) == by_brute_force(text, merges)
+    rivals = {(98, 99): 256, (97, 98): 257, (99, 97): 258}
+    for text in (b'abcab', b'bcabca'): assert student.encode_fast(text, rivals) == by_brute_force(text, rivals)
 
 
 @pytest.mark.points(1, exercise=5)
