@@ -82,16 +82,16 @@ def idle(option: str, state: dict[str, torch.Tensor]) -> bool:
     return zero({'value_embeds': 'value_embeds.', 'smear': 'smear_lambda', 'backout': 'backout_lambda'}[option])
 
 def obstacles(config: GPTConfig, state: dict[str, torch.Tensor]) -> list[str]:
-    "The options of a model, as they would have to be, that keep it from being transformers' own NanoChat."
-    found = [f'{option}=False' for option in PARTS if getattr(config, option) and not idle(option, state)]
-    if config.qk_scale != 1: found.append(f'qk_scale=1.0 (it is {config.qk_scale})')
-    if any(left < config.sequence_len for left, _ in window_sizes(config)): found.append(f"window_pattern='L' (it is '{config.window_pattern}')")
+    "The flags of `base_train` that this model was not trained with, and would have to be to be transformers' own NanoChat."
+    found = [f"--no-{option.replace('_', '-')}" for option in PARTS if getattr(config, option) and not idle(option, state)]
+    if config.qk_scale != 1: found.append('--qk-scale 1.0')
+    if any(left < config.sequence_len for left, _ in window_sizes(config)): found.append('--window-pattern L')
     return found
 
 def check_native(config: GPTConfig, state: dict[str, torch.Tensor]) -> None:
     "Raise `UserError` that names what stands in the way of a native export."
     if not (found := obstacles(config, state)): return
-    raise UserError(f"transformers' own NanoChat class cannot compute this model; it would have to be trained with {', '.join(found)}. Leave out --native: the usual export carries its code")
+    raise UserError(f"transformers' own NanoChat class cannot compute this model; it would have to be trained with base_train {' '.join(found)}. Leave out --native: the usual export carries its code")
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #0e51ba52
 NATIVE_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.', 'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj',
