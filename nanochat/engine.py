@@ -6,10 +6,12 @@
 __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling', 'sample_next_token', 'uniforms',
            'calculator_text', 'ToolUse', 'model_dtype', 'inference_copy', 'weights_version', 'Slots', 'SlotCache',
            'Draw', 'Row', 'new_row', 'context_limit', 'check_request', 'read_prompt', 'in_batches', 'last_logits',
-           'ForwardRunner', 'draw_group', 'draw_tokens', 'Arriving', 'Rows', 'Batch', 'Requests', 'Decoder', 'columns',
-           'collect', 'EngineCore', 'text_pieces', 'Engine', 'Busy', 'TicketState', 'TicketEnd', 'TicketNews', 'Ticket',
-           'wake', 'Prefixes', 'Counts', 'Counters', 'dismiss_team', 'SchedulerState', 'SchedulerEnds',
-           'SchedulerDelivery', 'SchedulerReading', 'SchedulerLoop', 'Columns', 'SchedulerQueue', 'Scheduler']
+           'ForwardRunner', 'draw_group', 'draw_tokens', 'Arriving', 'Rows', 'LeavingRows', 'Batch', 'Requests',
+           'Decoder', 'columns', 'collect', 'EngineModel', 'EngineCore', 'text_pieces', 'Engine', 'Busy', 'TicketState',
+           'TicketEnd', 'TicketNews', 'Ticket', 'wake', 'Prefixes', 'Counts', 'Counters', 'dismiss_team',
+           'SchedulerState', 'SchedulerEnds', 'SchedulerFails', 'SchedulerRows', 'SchedulerDelivery',
+           'SchedulerPrompts', 'SchedulerReading', 'SchedulerLoop', 'Columns', 'SchedulerStart', 'SchedulerQueue',
+           'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
 import asyncio, copy, ctypes, hashlib, itertools, threading, time
@@ -99,6 +101,7 @@ def pick(logits: Tensor, u: Tensor | None, temperature: float = 1.0, top_k: int 
     choice = torch.searchsorted(cdf, u.to(cdf)[:, None], right=True)
     return choice if ids is None else ids.gather(-1, choice)
 
+# %% ../nbs/12_engine.ipynb #3603d1df
 def check_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> None:
     "Raise `UserError` for settings without meaning, nan among them."
     if not 0 <= temperature < float('inf'): raise UserError(f'temperature {temperature} is not a number from 0 up; use 0 for the most likely token, up to 2')
@@ -232,6 +235,7 @@ class Draw:
         check_sampling(self.temperature, self.top_k, self.top_p)
         return self
 
+# %% ../nbs/12_engine.ipynb #dca25898
 @dataclass(slots=True)
 class Row:
     "One answer being written."
@@ -255,6 +259,7 @@ class Row:
         self.done = self.ended or self.budget == 0
         return mask
 
+# %% ../nbs/12_engine.ipynb #f27ce824
 def new_row(tokenizer: Any, request: Any, sample: int, length: int, budget: int, seed: int, draw: Draw) -> Row:
     "A row that has read its prompt of `length` tokens and may write `budget` more."
     ends = (tokenizer.encode_special('<|assistant_end|>'), tokenizer.get_bos_token_id())
@@ -398,7 +403,21 @@ class Rows:
         self.drawn = [self._drawn(logits, self.rows)]
 
 # %% ../nbs/12_engine.ipynb #84964b9c
-class Batch(Rows):
+class LeavingRows(Rows):
+    "How rows leave."
+    def discard(self) -> None:
+        "Rows that are done leave their slots."
+        done = [i for i, r in enumerate(self.rows) if r.done]
+        if not done: return
+        for i in done if self.leaving else (): self.leaving(self.rows[i], i)
+        order = self.cache.release(done)
+        self.rows = [self.rows[i] for i in order]
+        if not self.ahead or not self.drawn: return
+        tokens = torch.cat([t for t, _ in self.drawn])[torch.tensor(order, dtype=torch.long, device=self.runner.device)]
+        self.drawn = [(tokens, Arriving(tokens))] if order else []
+
+# %% ../nbs/12_engine.ipynb #aeb9d2d7
+class Batch(LeavingRows):
     "The loop under everything the engine does: feed, admit, take, and again."
     def feed(self) -> None:
         "One step of the model for the tokens handed out last."
@@ -419,17 +438,6 @@ class Batch(Rows):
         if max(forced) < 0: return tokens
         instead = torch.tensor(forced).to(tokens.device, non_blocking=True)
         return torch.where(instead >= 0, instead, tokens)
-
-    def discard(self) -> None:
-        "Rows that are done leave their slots."
-        done = [i for i, r in enumerate(self.rows) if r.done]
-        if not done: return
-        for i in done if self.leaving else (): self.leaving(self.rows[i], i)
-        order = self.cache.release(done)
-        self.rows = [self.rows[i] for i in order]
-        if not self.ahead or not self.drawn: return
-        tokens = torch.cat([t for t, _ in self.drawn])[torch.tensor(order, dtype=torch.long, device=self.runner.device)]
-        self.drawn = [(tokens, Arriving(tokens))] if order else []
 
 # %% ../nbs/12_engine.ipynb #8aa214a2
 @dataclass
@@ -487,6 +495,7 @@ def columns(decoder: Decoder, num_samples: int) -> Iterator[tuple[list[int], lis
         for row, mask in step: column[row.sample], masks[row.sample] = row.token, mask
         yield column.copy(), masks
 
+# %% ../nbs/12_engine.ipynb #0833b52c
 def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], list[list[int]]]]:
     "Run to the end: for each prompt the whole sequences, prompt included, and their masks, one per sample."
     r = decoder.requests
@@ -500,8 +509,8 @@ def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], lis
     return out
 
 # %% ../nbs/12_engine.ipynb #449254cc
-class EngineCore:
-    """A model with its tokenizer, ready to decode: holds the runner and makes loops over it.
+class EngineModel:
+    """A model with its tokenizer, and what was made of its weights for inference.
 
     `weights`: 'int8' steps with weights in bytes where that is fastest, on a CPU that computes in bf16; 'compute' keeps the model's own dtype, as evaluation
     and reinforcement learning should. Of 600 answers of the quickstart's model, two differed."""
@@ -525,6 +534,9 @@ class EngineCore:
         make = lambda: runner_for(self.model, self.weights) if isinstance(self.model, GPT) else ForwardRunner(inference_copy(self.model))
         return self._fresh('runner', make)
 
+# %% ../nbs/12_engine.ipynb #18bb0e03
+class EngineCore(EngineModel):
+    "Makes loops."
     def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, draw: Draw) -> Decoder:
         "The loop for these prompts. Raises `UserError` before any work."
         if num_samples < 1: raise UserError(f'num_samples {num_samples} is too small; use 1 or more')
@@ -764,6 +776,9 @@ class SchedulerEnds(SchedulerState):
         for ticket in tickets: ticket.finish(reason, error)
         wake(tickets)
 
+# %% ../nbs/12_engine.ipynb #425a5ef4
+class SchedulerFails(SchedulerEnds):
+    "What happens when something breaks."
     def _fail(self, error: Exception) -> None:
         "Something broke: everybody who was being served is told, and the next request starts anew."
         tickets = [row.request for row in self.batch.rows] if self.batch else [self.waiting.popleft() for _ in range(len(self.waiting))]
@@ -771,9 +786,9 @@ class SchedulerEnds(SchedulerState):
         self.batch, self.reading = None, None
         self._end(tickets, 'error', error)
 
-# %% ../nbs/12_engine.ipynb #02d5d5c9
-class SchedulerDelivery(SchedulerEnds):
-    "From a prompt to a row, from a row to its ticket, and what is remembered afterwards."
+# %% ../nbs/12_engine.ipynb #51f6a74a
+class SchedulerRows(SchedulerFails):
+    "From a prompt to a row, and what is remembered afterwards."
     def _open(self) -> None:
         self.batch = Batch(self.engine.runner(), self.slots, self.limit)
         if self.batch.runner.reuses and self.prefixes.capacity: self.batch.leaving = self._keep
@@ -788,6 +803,9 @@ class SchedulerDelivery(SchedulerEnds):
         self.batch.admit(cache, logits, [row])
         self.reading = None
 
+# %% ../nbs/12_engine.ipynb #4b5700e7
+class SchedulerDelivery(SchedulerRows):
+    "From a row to its ticket."
     def _deliver(self, step: list[tuple[Row, int]]) -> None:
         "Give the tokens of one step to their tickets."
         now = time.perf_counter()
@@ -800,9 +818,9 @@ class SchedulerDelivery(SchedulerEnds):
             if ended: self._end(ended, reason)
         wake([row.request for row, _ in step if not row.done])
 
-# %% ../nbs/12_engine.ipynb #873132ec
-class SchedulerReading(SchedulerDelivery):
-    "Reading prompts, a chunk at a time."
+# %% ../nbs/12_engine.ipynb #b56a2d71
+class SchedulerPrompts(SchedulerDelivery):
+    "Which prompt is read next."
     def _next(self) -> None:
         "Begin the next waiting request: find what is known of its prompt."
         ticket, runner = self.waiting[0], self.batch.runner
@@ -815,6 +833,9 @@ class SchedulerReading(SchedulerDelivery):
         self.counters.add(prompt_tokens=ticket.prompt_tokens, reused_tokens=n)
         self.reading = ticket, cache, n
 
+# %% ../nbs/12_engine.ipynb #a316d6f4
+class SchedulerReading(SchedulerPrompts):
+    "Reading prompts, a chunk at a time."
     def _read_chunk(self) -> bool:
         "Read up to a chunk of one prompt; False when there is nothing to read or no slot for it. What goes wrong here concerns nobody else."
         if not self.reading and (not self.waiting or not self.batch.free): return False
@@ -863,14 +884,25 @@ class Columns:
     __del__ = close
 
 # %% ../nbs/12_engine.ipynb #02df9963
-class SchedulerQueue(SchedulerLoop):
-    "Taking requests in."
+class SchedulerStart(SchedulerLoop):
+    "Limits, numbers and the thread."
     def __init__(self, engine: Any, slots: int = 16, max_waiting: int = 64, limit: int | None = None, chunk: int = 128, kept: int | None = None):
         if slots < 1: raise UserError(f'{slots} slots are too few; use 1 or more')
         super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)
         self.max_waiting, self._numbers = max_waiting, itertools.count(1)
         dismiss_team()
 
+    def unfinished(self) -> int:
+        "Requests that are being answered or wait."
+        return self.counters.unfinished()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name='nanochat-scheduler', daemon=True)
+        self._thread.start()
+
+# %% ../nbs/12_engine.ipynb #ee1062da
+class SchedulerQueue(SchedulerStart):
+    "Taking requests in."
     def submit(self, prompt: list[int], *, max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 42) -> Ticket:
         "Queue a prompt. Raises `UserError` for one that cannot be answered and after `close`, `Busy` when too many wait."
         draw, budget = Draw(temperature, top_k, top_p).check(), check_request(self.model, prompt, max_tokens, self.limit)
@@ -883,14 +915,6 @@ class SchedulerQueue(SchedulerLoop):
             if not self._thread: self._start()
             self._work.notify()
         return ticket
-
-    def unfinished(self) -> int:
-        "Requests that are being answered or wait."
-        return self.counters.unfinished()
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name='nanochat-scheduler', daemon=True)
-        self._thread.start()
 
     def _refuse(self) -> None:
         self.counters.add(refused=1)

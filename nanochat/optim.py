@@ -246,6 +246,7 @@ class Pending:
         self.work.wait()
         return self.out
 
+# %% ../nbs/05_optim.ipynb #013b7656
 class Collectives:
     "What the processes of the default group exchange. Each method starts and returns at once; all processes must call them in the same order."
     def __init__(self): self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -273,6 +274,7 @@ def in_rounds(steps: Iterator[Iterator[None]]) -> None:
     running, done = list(steps), object()
     while running: running = [s for s in running if next(s, done) is not done]
 
+# %% ../nbs/05_optim.ipynb #0646578a
 def _shared_adamw(group: dict[str, Any], state: dict[Tensor, dict], c: Collectives) -> Iterator[None]:
     "The step of an AdamW group: rows of large parameters, the whole of small ones."
     params = group['params']
@@ -313,6 +315,7 @@ def lengths_of_parts(groups: list[dict[str, Any]], world_size: int) -> dict[int,
         i += len(g['params'])
     return lengths
 
+# %% ../nbs/05_optim.ipynb #35190554
 def part_of(entry: dict[str, Tensor], length: int, rank: int, world_size: int) -> dict[str, Tensor]:
     "What `rank` keeps of the state of one parameter, zero-padded where it ends early. Step counts are everyone's."
     chunk = -(-length // world_size)
