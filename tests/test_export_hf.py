@@ -277,6 +277,7 @@ def test_files(exported):
         assert found == want | (set() if name == 'plain_native' else {'modeling_nanochat.py'})
         config, card = json.loads((Path(folder)/'config.json').read_text()), (Path(folder)/'README.md').read_text()
         assert config['vocab_size'] == 300 and ('auto_map' in config) == ('trust_remote_code=True' in card) == (name != 'plain_native')
+        assert ('apply_chat_template' in card) == (name != 'public'), 'base models continue texts, others chat'
         assert card.startswith('---\nlibrary_name: transformers') and 'vLLM' in card and 'llama.cpp' in card
         rows = {len(t) for k, t in safetensors.torch.load_file(Path(folder)/'model.safetensors').items() if 'embed' in k or 'wte' in k or 'lm_head' in k}
         assert rows == {300}, 'the padding of the vocabulary was written'

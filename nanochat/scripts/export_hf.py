@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'NATIVE_NAMES', 'CHAT_TEMPLATE', 'ELSEWHERE', 'USAGE', 'ExportConfig', 'weights_of', 'rope_base',
            'special_token_ids', 'shape_of', 'custom_config', 'modeling_source', 'idle', 'obstacles', 'check_native',
            'native_weights', 'native_config', 'tokenizer_files', 'facts', 'model_card', 'notes', 'check_folder',
-           'text_files', 'default_folder', 'write_export', 'read_checkpoint', 'export_hf', 'main']
+           'converses', 'text_files', 'default_folder', 'write_export', 'read_checkpoint', 'export_hf', 'main']
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #3152f21d
 import json, re
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_manager import Checkpoint, PARTS, config_of, find_run, load_checkpoint, run_tokenizer, step_of, write_weights
+from ..checkpoint_manager import PARTS, PHASES, Checkpoint, config_of, find_run, load_checkpoint, run_tokenizer, step_of, write_weights
 from ..common import UserError, atomic_dir, base_dir, cli, human, require_space
 from ..gpt import EPS, GPTConfig, SOFTCAP, window_sizes
 from ..tokenizer import SPECIAL_TOKENS, RustBPETokenizer
@@ -231,9 +231,13 @@ def check_folder(folder: Path, force: bool) -> None:
     except (OSError, ValueError, AttributeError): known = False
     if not known: raise UserError(f'{folder} holds something else than an earlier export; give another --out, or --force to replace it')
 
-def text_files(cfg: ExportConfig, config: GPTConfig, tokenizer: RustBPETokenizer, parameters: int, meta: dict[str, Any], origin: str) -> dict[str, str]:
+def converses(cfg: ExportConfig, run: Path, tokenizer: RustBPETokenizer) -> bool:
+    "Whether a model was trained to chat, as far as its place says: base models continue texts."
+    return set(SPECIAL_TOKENS) <= tokenizer.get_special_tokens() and cfg.source != 'base' and run.parent.name != PHASES['base']
+
+def text_files(cfg: ExportConfig, config: GPTConfig, tokenizer: RustBPETokenizer, parameters: int, meta: dict[str, Any], run: Path) -> dict[str, str]:
     "Every file of an export but the weights, by name."
-    ids, chat = special_token_ids(tokenizer), set(SPECIAL_TOKENS) <= tokenizer.get_special_tokens()
+    ids, chat, origin = special_token_ids(tokenizer), converses(cfg, run, tokenizer), f"{cfg.source}/{run.name}, step {meta['step']}"
     shape = (native_config if cfg.native else custom_config)(config) | ids | dict(dtype=cfg.dtype)
     dump = lambda d: json.dumps(d, indent=2) + '\n'
     texts = {'config.json': dump(shape), 'generation_config.json': dump(ids | dict(use_cache=True)), 'README.md': model_card(config, parameters, meta, origin, cfg.native, chat)}
@@ -270,7 +274,7 @@ def export_hf(cfg: ExportConfig) -> dict[str, Any]:
     weights = weights_of(found.model_state, config, DTYPES[cfg.dtype])
     if cfg.native: weights = native_weights(weights)
     parameters = sum(t.numel() for t in weights.values())
-    write_export(folder, weights, text_files(cfg, config, tokenizer, parameters, found.meta, f"{cfg.source}/{run.name}, step {found.meta['step']}"))
+    write_export(folder, weights, text_files(cfg, config, tokenizer, parameters, found.meta, run))
     nbytes = sum(p.stat().st_size for p in folder.iterdir())
     print(f"{folder}: {human(parameters)} parameters, {human(nbytes, 'B')}; load it with AutoModelForCausalLM.from_pretrained('{folder}'{'' if cfg.native else ', trust_remote_code=True'})")
     return dict(folder=str(folder), native=cfg.native, parameters=parameters, bytes=nbytes, step=found.meta['step'], dtype=cfg.dtype)
