@@ -147,7 +147,20 @@ def test_qk_scale(scale):
         torch.testing.assert_close(model(TEXT[:1, :30], kv_cache=cache), model(TEXT[:1, :30]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('wrong, message', [(dict(n_embd=20), 'smear reads 24'), (dict(n_embd=8, smear=False), 'value embeddings reads 12'), (dict(qk_scale=0), 'qk_scale 0')])
+@torch.inference_mode()
+def test_rope_base():
+    """The rotary tables of forward pass and caches, before and after initialisation, turn by base^(-i / half)."""
+    shape = SHAPE | dict(n_kv_head=1)
+    model = random_gpt(**shape, rope_base=10_000)
+    angle = 7 * 10_000**-(torch.arange(8) / 8)
+    torch.testing.assert_close(model.cos[0, 7, 0], angle.cos())
+    torch.testing.assert_close(random_gpt(**shape).sin[0, 7, 0], (7 * 100_000**-(torch.arange(8) / 8)).sin())
+    run = CachedGPT(model)
+    torch.testing.assert_close(cap(run.read(TEXT[:1, :30], run.scratch(1, 30))), model(TEXT[:1, :30])[:, -1], atol=1e-3, rtol=1e-4)
+    assert (model(TEXT) - random_gpt(**shape)(TEXT)).abs().max() > .01
+
+
+@pytest.mark.parametrize('wrong, message', [(dict(n_embd=20), 'smear reads 24'), (dict(n_embd=8, smear=False), 'value embeddings reads 12'), (dict(qk_scale=0), 'qk_scale 0'), (dict(rope_base=1), 'rope_base 1')])
 def test_shapes_are_checked_for_the_parts_there_are(wrong, message):
     with pytest.raises(UserError, match=message): GPTConfig(**{**SHAPE, 'n_kv_head': 2, **wrong}).check()
     GPTConfig(**{**SHAPE, 'n_kv_head': 2, 'n_embd': 8, **NONE}).check()
