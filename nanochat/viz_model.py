@@ -141,12 +141,12 @@ def depth_row(depth: int, *, vocab_size: int = 32768, sequence_len: int = 2048, 
 # %% ../nbs/18_viz_model.ipynb #c3444f6f
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
     "A table in HTML, right-aligned, one row marked. Cells are taken as HTML."
-    cell = lambda tag, x: f'<{tag} style="text-align:right;padding:.2em .7em;white-space:nowrap">{x}</{tag}>'
+    cell = lambda tag, x: f'<{tag} style="text-align:right;padding:.2em .5em;white-space:nowrap">{x}</{tag}>'
     line = lambda i, r: f'<tr style="{"background:#4c78dd33;font-weight:600" if i == marked else "background:transparent"}">{"".join(cell("td", x) for x in r)}</tr>'
     return (f'<table style="border-collapse:collapse;font:13px/1.5 system-ui,sans-serif"><thead><tr style="border-bottom:1px solid {INK}">'
             f'{"".join(cell("th", h) for h in head)}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table>')
 
-def weight_bar(parameters: dict[str, int], width: int = 220) -> str:
+def weight_bar(parameters: dict[str, int], width: int = 110) -> str:
     "Parameters by kind as a bar of coloured pieces."
     total = sum(parameters.values())
     piece = lambda i, k, n: f'<span title="{KINDS_OF_WEIGHT[k]}: {human(n)}" style="display:inline-block;height:.8em;width:{width * n / total:.1f}px;background:{COLORS[i]}"></span>'
@@ -161,7 +161,7 @@ def depth_html(rows: Sequence[DepthRow], marked: int) -> str:
     "The rows as a table, the row of depth `marked` lit, its kinds of parameter written out below."
     cells = [(str(r.depth), str(r.width), str(r.heads), human(sum(r.parameters.values())), weight_bar(r.parameters), human(r.flops_per_token),
               human(r.tokens), human(r.batch), f'{r.flops:.2g}', human_hours(r.hours), f'{r.dollars:,.0f}' if r.dollars >= 10 else f'{r.dollars:.2f}') for r in rows]
-    head = ('depth', 'width', 'heads', 'parameters', 'by kind', 'FLOP / token', 'tokens', 'tokens / step', 'FLOP', 'time', 'US$')
+    head = ('depth', 'width', 'heads', 'weights', 'by kind', 'FLOP/token', 'tokens', 'per step', 'FLOP', 'time', 'US$')
     chosen = next(r for r in rows if r.depth == marked)
     legend = ' &nbsp; '.join(f'<span style="color:{COLORS[i]}">&#9632;</span> {KINDS_OF_WEIGHT[k]} {human(n)}' for i, (k, n) in enumerate(chosen.parameters.items()))
     return html_table(head, cells, [r.depth for r in rows].index(marked)) + f'<div style="font:13px/1.8 system-ui,sans-serif;padding:.4em .7em">depth {marked}: {legend}</div>'
@@ -232,7 +232,9 @@ def draw_singular(curves: dict[str, Tensor], step: int) -> Any:
 
 def singular_stepper(matrix: Tensor | None = None, steps: int = 12) -> Explorer:
     "A slider over the steps of four ways to orthogonalise a matrix (rows, cols), by default one like a gradient. Polar Express stops after its five."
-    curves = {m: singular_steps(skewed_matrix() if matrix is None else matrix, m, steps) for m in (*CLASSICS, 'Polar Express')}
+    x = skewed_matrix() if matrix is None else matrix.float()
+    square = torch.linalg.qr(x if len(x) > x.shape[1] else x.T).R  # the same singular values in a smaller matrix
+    curves = {m: singular_steps(square, m, steps) for m in (*CLASSICS, 'Polar Express')}
     return Explorer(lambda step: draw_singular(curves, step), step=list(range(steps + 1)))
 
 # %% ../nbs/18_viz_model.ipynb #65f60a2f
@@ -250,11 +252,11 @@ def muon_stages(gradients: Sequence[Tensor], momentum: float = .95, beta2: float
     return {k: v[0] for k, v in stages.items()}
 
 @in_style
-def draw_stages(stages: dict[str, Tensor]) -> Any:
-    "Each stage's matrix as a picture above its singular values, relative to their mean."
+def draw_stages(stages: dict[str, Tensor], corner: int = 40) -> Any:
+    "A corner of each stage's matrix as a picture, above the singular values of all of it, relative to their mean."
     fig, axes = figure(8.6, 2.4, nrows=2, ncols=len(stages), height_ratios=(1.1, 1))
     for i, ((name, x), (top, low)) in enumerate(zip(stages.items(), axes.T)):
-        top.imshow(x.numpy(), cmap='RdBu', vmin=-2.5 * x.std().item(), vmax=2.5 * x.std().item(), aspect='auto'); top.set(xticks=[], yticks=[]); top.grid(False)
+        top.imshow(x[:corner, :corner].numpy(), cmap='RdBu', vmin=-2.5 * x.std().item(), vmax=2.5 * x.std().item(), aspect='auto'); top.set(xticks=[], yticks=[]); top.grid(False)
         top.set_title(name, fontsize=8)
         s = torch.linalg.svdvals(x)
         low.plot((s / s.mean()).tolist(), color=COLORS[i]); low.set(ylim=(0, 4), xticks=[], yticks=[0, 1, 2, 4] if not i else [])
@@ -315,7 +317,7 @@ def loss_colour(loss: float, most: float = 8.) -> str:
 def token_span(text: str, loss: float | None = None, best: bool = False) -> str:
     "A token in HTML; with a loss, on its colour, the nats below it, underlined if it was the model's best guess."
     text = html.escape(text)
-    if loss is None: return f'<span style="opacity:.75">{text}</span>'
+    if loss is None or math.isnan(loss): return f'<span style="opacity:.75">{text}</span>'
     line = f'border-bottom:2px solid {COLORS[2]};' if best else 'border-bottom:2px solid transparent;'
     return (f'<span title="{loss:.3f} nats" style="display:inline-block;text-align:center;background:{loss_colour(loss)};{line}border-radius:3px;margin:1px;padding:0 3px">'
             f'{text}<br><small style="opacity:.8">{loss:.1f}</small></span>')
