@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer', 'prepare_layers', 'layer_scalars', 'unit',
            'embedding_tables', 'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start',
-           'RingViews', 'closed_gaps', 'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches', 'MergedBlock',
-           'MergedSteps', 'CachedGPT', 'bucket', 'GraphedGPT', 'RecordedGPT', 'runner_for']
+           'RingViews', 'closed_gaps', 'CopiedRows', 'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches',
+           'MergedBlock', 'MergedEmbeddings', 'MergedSteps', 'RunnerMemory', 'CachedGPT', 'bucket', 'GraphedGPT',
+           'RecordedGPT', 'runner_for']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class Layer:
     x0: float
     window: int         # how far back it sees
 
+# %% ../nbs/11_inference.ipynb #9d3db350
 def prepare_layers(model: GPT, form: Callable) -> list[Layer]:
     "All blocks of a model in one form of weight."
     C, dtype, layers = model.config.n_embd, model.cos.dtype, []
@@ -125,6 +127,7 @@ def ring_size(window: int, length: int, chunk: int) -> int:
     "Places in the ring of a layer that looks back `window` positions, for texts of at most `length`, written `chunk` tokens at a time."
     return min(pad_to(length, 64), pad_to(window + chunk, 64))
 
+# %% ../nbs/11_inference.ipynb #0e39494e
 class RingMemory:
     "Keys and values of `slots` texts; the first `rows` are in use. Per layer (2, slots * H_kv, R, D), so that any number of slots is one batch of products."
     def __init__(self, windows: list[int], slots: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, no_token: int, chunk: int = 1):
@@ -154,6 +157,7 @@ class Reach:
     bias: Tensor | None  # on a CPU: fp32 (B * H_kv, G * T or 1, L), 0 where a query sees a place, -inf elsewhere
     seen: Tensor | None = None  # elsewhere: bool (B, T, L)
 
+# %% ../nbs/11_inference.ipynb #7a498bc9
 def reach(memory: RingMemory, window: int, R: int, pos: Tensor, longest: int, groups: int) -> Reach:
     "For queries at positions pos (B, T), the newest of all rows being `longest - 1`."
     B, T = pos.shape
@@ -209,13 +213,8 @@ def closed_gaps(rows: int, gone: list[int]) -> tuple[list[int], list[tuple[int, 
     return order, moves
 
 # %% ../nbs/11_inference.ipynb #856c6af0
-class RingCopies(RingViews):
+class CopiedRows(RingViews):
     "Copies of rows, between memories of one model and within one."
-    def clear(self) -> 'RingCopies':
-        "All slots free."
-        self.rows = 0
-        return self
-
     def _copy(self, source: RingMemory, row: int, to: int) -> None:
         "Row `row` of `source`, a memory of the same model, into slot `to`: as many of the newest positions as both rings hold."
         n = source.known[row]
@@ -226,6 +225,14 @@ class RingCopies(RingViews):
                 newest = torch.arange(max(0, n - min(theirs, mine)), n, device=self.lengths.device)
                 here[:, :, newest % mine] = there[:, :, newest % theirs]
         self.lengths[to], self.last[to], self.known[to] = source.lengths[row], source.last[row], n
+
+# %% ../nbs/11_inference.ipynb #1f8f574f
+class RingCopies(CopiedRows):
+    "Rows that come and go."
+    def clear(self) -> 'RingCopies':
+        "All slots free."
+        self.rows = 0
+        return self
 
     def admit(self, other: RingMemory, copies: int = 1) -> None:
         "Each row of `other` takes `copies` slots behind those in use."
@@ -331,7 +338,16 @@ class MergedBlock(MergedCaches):
         return layer.out.plus(layer.fc.relu2(unit(x).to(self.dtype)), x)
 
 # %% ../nbs/11_inference.ipynb #ea2ec819
-class MergedSteps(MergedBlock):
+class MergedEmbeddings(MergedBlock):
+    "What the blocks read."
+    def embedded(self, ids: Tensor, before: Tensor) -> Tensor:
+        "Embeddings (N, C) of ids (N,), with their share of those `before`, in the residual stream's dtype."
+        x = F.embedding(ids, self.table)
+        if self.share is not None: x = torch.addcmul(x, F.embedding(ids, self.share), F.embedding(before, self.table))
+        return x.to(self.stream)
+
+# %% ../nbs/11_inference.ipynb #d103610f
+class MergedSteps(MergedEmbeddings):
     "The pass itself."
     def hidden(self, ids: Tensor, cache: RingCache, longest: int, layers: list[Layer]) -> Tensor:
         "Final hidden states (B * T, C), of unit length, of ids (B, T) behind what the first B rows of `cache` hold. Does not advance it."
@@ -352,18 +368,9 @@ class MergedSteps(MergedBlock):
             if i == len(layers) // 2 and self.backout is not None: half = x if x0 is not None else x.clone()  # without scalars, blocks go on writing into x
         return unit(x if self.backout is None else x.sub(half, alpha=self.backout)).to(self.dtype)
 
-    def embedded(self, ids: Tensor, before: Tensor) -> Tensor:
-        "Embeddings (N, C) of ids (N,), with their share of those `before`, in the residual stream's dtype."
-        x = F.embedding(ids, self.table)
-        if self.share is not None: x = torch.addcmul(x, F.embedding(ids, self.share), F.embedding(before, self.table))
-        return x.to(self.stream)
-
 # %% ../nbs/11_inference.ipynb #3da3c350
-class CachedGPT(MergedSteps):
-    "Runs a GPT with a ring cache: `read` prompts, then `step`."
-    reuses = True  # a kept cache can be continued
-    softcap = SOFTCAP
-
+class RunnerMemory(MergedSteps):
+    "The caches to read prompts with and to decode in, and what they are told."
     def scratch(self, rows: int, length: int) -> RingCache:
         "An empty cache for reading `rows` prompts."
         return self.new_cache(rows, length, CHUNK)
@@ -371,6 +378,19 @@ class CachedGPT(MergedSteps):
     def slots(self, slots: int, length: int) -> RingCache:
         "An empty cache for decoding in at most `slots` rows."
         return self.new_cache(slots, length).clear()
+
+    def advance(self, ids: Tensor, cache: RingCache) -> None:
+        "The first B rows have read ids (B, T)."
+        B, T = ids.shape
+        cache.lengths[:B] += T
+        cache.last[:B] = ids[:, -1]
+        cache.known[:B] = [n + T for n in cache.known[:B]]
+
+# %% ../nbs/11_inference.ipynb #65337bb4
+class CachedGPT(RunnerMemory):
+    "Runs a GPT with a ring cache: `read` prompts, then `step`."
+    reuses = True  # a kept cache can be continued
+    softcap = SOFTCAP
 
     def read(self, ids: Tensor, cache: RingCache) -> Tensor:
         "Read ids (B, T) behind what `cache` holds, rows of one length; logits (B, V), before the softcap, after the last."
@@ -386,18 +406,12 @@ class CachedGPT(MergedSteps):
         self.advance(ids[:, None], cache)
         return self.head(x)[:, :self.config.vocab_size]
 
-    def advance(self, ids: Tensor, cache: RingCache) -> None:
-        "The first B rows have read ids (B, T)."
-        B, T = ids.shape
-        cache.lengths[:B] += T
-        cache.last[:B] = ids[:, -1]
-        cache.known[:B] = [n + T for n in cache.known[:B]]
-
 # %% ../nbs/11_inference.ipynb #36b53fee
 def bucket(n: int) -> int:
     "n rounded up to a power of two."
     return 1 << max(n - 1, 0).bit_length()
 
+# %% ../nbs/11_inference.ipynb #7df87240
 class GraphedGPT(CachedGPT):
     "A `CachedGPT` on a GPU whose steps are CUDA graphs, recorded at their first use."
     def __init__(self, model: GPT, weights: str = 'compute'):
@@ -425,7 +439,7 @@ class GraphedGPT(CachedGPT):
         self.advance(ids[:, None], cache)
         return logits[:n]
 
-# %% ../nbs/11_inference.ipynb #ab21e169
+# %% ../nbs/11_inference.ipynb #dba82dac
 class RecordedGPT(GraphedGPT):
     "Recording."
     def _record(self, cache: RingCache, rows: int, places: int) -> tuple:
@@ -439,6 +453,7 @@ class RecordedGPT(GraphedGPT):
         with torch.cuda.graph(graph, pool=self._pool): logits = run()
         return graph, ids, logits, cache  # the cache is kept alive: the recording holds its addresses
 
+# %% ../nbs/11_inference.ipynb #93a9f7be
 def runner_for(model: GPT, weights: str = 'compute') -> CachedGPT:
     "The fastest way to run this model here."
     return (RecordedGPT if model.get_device().type == 'cuda' else CachedGPT)(model, weights)
