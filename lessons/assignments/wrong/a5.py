@@ -1,0 +1,25 @@
+"""Known wrong answers of assignment 5: for each exercise, what students do, the change to the master that does it, and a phrase of the hint they must read."""
+
+WRONG = {
+    1: [('multiplies', ('(logits / temperature).softmax(dim=-1)', '(logits * temperature).softmax(dim=-1)'), 'Divide the logits'),
+        ('divides the odds', ('(logits / temperature).softmax(dim=-1)', 'logits.softmax(dim=-1) / temperature'), 'before the softmax'),
+        ('over the batch', ('(logits / temperature).softmax(dim=-1)', '(logits / temperature).softmax(dim=0)'), 'the last dimension'),
+        ('divides by zero', ('if temperature == 0: return', 'if temperature < 0: return'), 'no nan'),
+        ('its own exponential', ('(logits / temperature).softmax(dim=-1)', '(logits / temperature).exp() / (logits / temperature).exp().sum(dim=-1, keepdim=True)'), 'exp(1000) is infinite')],
+    2: [('zero instead of minus infinity', ('logits < edge, -torch.inf)', 'logits < edge, 0.0)'), 'not 0'),
+        ('one edge for all rows', ('.values[:, -1:]', '.values.min()'), 'row by row'),
+        ('k beyond the vocabulary', ('min(k, logits.shape[-1])', 'k'), 'larger than the vocabulary'),
+        ('leaves out the one that crosses', ('before = best.cumsum(dim=-1) - best ', 'before = best.cumsum(dim=-1) '), 'crosses the line'),
+        ('stays sorted', ('torch.zeros_like(probs).scatter(-1, ids, best)', 'best'), 'keeps its place'),
+        ('does not add up', ('return kept / kept.sum(dim=-1, keepdim=True)', 'return kept'), 'add up to 1')],
+    3: [('not causal', ('scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v, (k, v)', 'scores.softmax(dim=-1) @ v, (k, v)'), 'no query sees a later key'),
+        ('mask of the first keys', ('torch.arange(n - T, n)[:, None]', 'torch.arange(T)[:, None]'), 'the first key only'),
+        ('shows old keys only by luck', ('torch.arange(n - T, n)[:, None]', '(torch.arange(n - T, n)[:, None] if T == 1 else torch.arange(T)[:, None])'), 'shifted by the number'),
+        ('returns the new part as cache', ('softmax(dim=-1) @ v, (k, v)', 'softmax(dim=-1) @ v, (k[:, :, -T:], v[:, :, -T:])'), 'all tokens so far'),
+        ('new ones in front', ('torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)', 'torch.cat([k, cache[0]], dim=2), torch.cat([v, cache[1]], dim=2)'), 'old ones first')],
+    4: [('throws the cache away', ('logits, cache = model(new, cache)', 'logits, _ = model(new, cache)'), 'forgets the text'),
+        ('keeps the end token', ('if token == end: break\n        answer.append(token)', 'answer.append(token)\n        if token == end: break'), 'is not part of it'),
+        ('reads the last one too', ('        new = [token]\n    return answer', '        new = [token]\n    model(new, cache)\n    return answer'), 'nobody needs to read'),
+        ('reads everything again', ('logits, cache = model(new, cache)', 'logits, _ = model(prompt + answer, None)'), 'every token is read once'),
+        ('prompt token by token', ('answer, new, cache = [], prompt, None\n', 'answer, new, cache = [], prompt[-1:], None\n    for t in prompt[:-1]: _, cache = model([t], cache)\n'), 'the prompt in one call')],
+}
