@@ -32,7 +32,7 @@ import torch
 from .chat import Answer, Sampling, prompt_ids
 from .checkpoint_manager import load_model, newest_tag
 from .common import UserError, append_jsonl, detect_device
-from .engine import Busy, Columns, Engine, Scheduler
+from .engine import Busy, Columns, Engine, Scheduler, calculator_text
 from .execution import use_calculator
 
 # %% ../nbs/16_server.ipynb #7590f641
@@ -116,7 +116,7 @@ def parts_of(text: str) -> list[dict]:
     parts, at = [], 0
     for call in re.finditer(r'<<([^<>\n]+)=([^<>=\n]+)>>', text):
         expression, result = call.groups()
-        if str(use_calculator(expression)) != result: continue
+        if (value := use_calculator(expression)) is None or calculator_text(value) != result: continue
         parts += [{'type': 'text', 'text': text[at:call.start()]}, {'type': 'python', 'text': expression}, {'type': 'python_output', 'text': result}]
         at = call.end()
     return [p for p in [*parts, {'type': 'text', 'text': text[at:]}] if p['text']]

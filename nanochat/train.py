@@ -68,9 +68,9 @@ def accumulate(model: torch.nn.Module, batches: Sequence[Batch], targets: float,
     return total
 
 # %% ../nbs/10_train.ipynb #1acd1ae0
-def sum_gradients(model: torch.nn.Module) -> None:
-    "Add up every gradient over all ranks; nothing to do for a single process."
-    if not (dist.is_available() and dist.is_initialized()): return
+def sum_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    "Add up every gradient over all ranks; nothing to do for a single process, or where the optimizer adds up what it shares out."
+    if not (dist.is_available() and dist.is_initialized()) or getattr(optimizer, 'shares', False): return
     for p in model.parameters():
         if p.grad is None: p.grad = torch.zeros_like(p)  # this rank's rows did not touch it
         dist.all_reduce(p.grad)
@@ -127,7 +127,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
     loss, = all_sum(float(accumulate(model, batches, max(targets, 1), state.scaler.factor)), device=p.device)
     lr = matrix_rate(optimizer)
     check_finite(loss, state.step, state.loss, lr, compute_dtype(p.device))
-    sum_gradients(model)
+    sum_gradients(model, optimizer)
     state.scaler.step(optimizer)  # in fp16 an update whose gradients overflowed is left out
     model.zero_grad(set_to_none=True)
     if p.device.type == 'cuda': torch.cuda.synchronize()
@@ -329,6 +329,7 @@ class Job:
 def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     "Open the run, or go on where its newest checkpoint is, and train to the end."
     if job.begin: init_run(job.run, job.config, job.tokenizer, next(job.model.parameters()).device)
+    if hasattr(job.optimizer, 'share'): job.optimizer.share()  # each rank keeps and updates its part of the optimizer's state
     state = resume(job.run, job.model, job.optimizer) or TrainState()
     if state.step: print0(f'{job.run.name}: going on after step {state.step} of {job.plan.num_iterations}')
     print0(f'{desc}: {job.plan.num_iterations} steps of {job.plan.total_batch_size} tokens; metrics and checkpoints go to {job.run}')

@@ -152,7 +152,7 @@ def prepare(cfg: BaseTrainConfig, device: torch.device, ranks: Ranks) -> Setup:
     bundle = core_bundle(cfg, corpus)
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     run = run_dir('base', cfg.model_tag or f'd{cfg.depth}')
-    stored = settle_run(run, identity(cfg, tokenizer, corpus), fresh=cfg.fresh)
+    stored = settle_run(run, identity(cfg, tokenizer, corpus), fresh=cfg.fresh, defaults={k: getattr(BaseTrainConfig, k) for k in SWITCHES})
     plan = going_on(stored['plan'], cfg.device_batch_size, config.sequence_len, ranks.world_size) if stored else make_plan(cfg, config, ranks.world_size)
     require_space(run, (cfg.keep + 1) * checkpoint_bytes(config))
     return Setup(cfg, device, ranks, tokenizer, corpus, config, plan, run, stored, bundle)
