@@ -429,8 +429,7 @@ def public_config(shape: dict[str, Any], state: dict[str, torch.Tensor]) -> dict
     "The options of `GPTConfig` for a public checkpoint: what its meta says, and what its age and its tensors imply."
     parts = parts_of(state)
     first = 'window_pattern' not in shape and not any(parts.values())
-    age = {k: v for k, v in FIRST_MODELS.items() if k in GPTConfig.__dataclass_fields__} if first else {'window_pattern': 'L'}
-    return age | {k: on for k, on in parts.items() if not on} | shape
+    return (FIRST_MODELS if first else {'window_pattern': 'L'}) | {k: on for k, on in parts.items() if not on} | shape
 
 def check_gates(state: dict[str, torch.Tensor], name: str) -> None:
     "Raise `UserError` for value gates that read another number of channels than today's."

@@ -141,7 +141,7 @@ def exported(tmp_path_factory, tokenizer):
     place, saved = tmp_path_factory.mktemp('exports'), {k: os.environ.get(k) for k in ('NANOCHAT_BASE_DIR', 'NANOCHAT_DTYPE')}
     os.environ |= dict(NANOCHAT_BASE_DIR=str(place), NANOCHAT_DTYPE='float32')
     try:
-        models = dict(full=random_model(), half=random_model(seed=1, n_layer=3, n_kv_head=4, layer_scalars=False, smear=False), plain=random_model(seed=2, **PLAIN), plain_native=random_model(seed=2, **PLAIN))
+        models = dict(full=random_model(), half=random_model(seed=1, n_layer=3, n_kv_head=4, layer_scalars=False, smear=False, rope_base=10_000), plain=random_model(seed=2, **PLAIN), plain_native=random_model(seed=2, **PLAIN | dict(rope_base=10_000)))
         folders = {}
         for name, model in models.items():
             cm.save_checkpoint(cm.init_run(cm.run_dir('sft', name), {}, tokenizer), 10, model, meta=dict(val_bpb=1.25))
