@@ -119,6 +119,8 @@ def open_one(folder, x, prompt):
         out['left'] = bool((batch['attention_mask'][:, -1] == 1).all())
     model.save_pretrained(folder + '-again')
     with torch.no_grad(): out['again'] = float((AutoModelForCausalLM.from_pretrained(folder + '-again', trust_remote_code=True).eval()(x).logits - out['logits']).abs().max())
+    half = model.to(torch.bfloat16).eval()
+    out['bf16'] = dict(tokens=half.generate(prompt, **GREEDY).shape[1], dtype=str(half(x).logits.dtype), off=float((half(x).logits - out['logits']).abs().mean()))
     return out
 
 import transformers
@@ -215,6 +217,15 @@ def test_padding(opened, name):
     """Prompts padded on the left continue as they would alone."""
     out = opened[name]
     assert out['padded'] == out['alone'] and out['padded_logits'] < 1e-5
+
+
+@needs_transformers
+@each
+def test_half_precision(opened, name):
+    """In bfloat16 the model runs, cache and all, and its logits, near those of float32, are float32 (ours: transformers' class leaves them as they are)."""
+    found = opened[name]['bf16']
+    assert found['tokens'] == 40 and found['off'] < 0.1
+    assert found['dtype'] == ('torch.bfloat16' if name == 'plain_native' else 'torch.float32')
 
 
 @needs_transformers
