@@ -11,7 +11,7 @@ __all__ = ['REFERENCE', 'TINY_DEPTH', 'TINY', 'PEAK_FLOPS', 'EFFICIENCY', 'FP8_S
            'estimate_memory', 'fitting_rows', 'RunCost', 'run_cost', 'Preset', 'get_preset', 'steps_in']
 
 # %% ../nbs/07_scaling.ipynb #ef63a352
-import math, re
+import dataclasses, functools, math, re
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,16 @@ class ModelSize:
     scaling: int           # the N of the scaling laws: block matrices + lm_head
     flops_per_token: int   # training: forward and backward
 
+@functools.lru_cache(maxsize=512)
+def _counted(shape: tuple) -> tuple[dict[str, int], int]:
+    "Parameters by kind and training FLOPs per token of `GPTConfig(*shape)`; a plan asks many times for the same model."
+    model = GPT(GPTConfig(*shape))
+    return model.num_scaling_params(), model.estimate_flops()
+
 def model_size(config: GPTConfig) -> ModelSize:
     "Count parameters and training FLOPs on the meta device."
-    model = GPT(config)
-    n = model.num_scaling_params()
-    return ModelSize(n['total'], n['transformer_matrices'] + n['lm_head'], model.estimate_flops())
+    n, flops = _counted(dataclasses.astuple(config))
+    return ModelSize(n['total'], n['transformer_matrices'] + n['lm_head'], flops)
 
 # %% ../nbs/07_scaling.ipynb #b36aaaef
 REFERENCE = dict(depth=12, total_batch_size=2**19, batch_exponent=0.383, weight_decay=0.28,  # tuned near depth 12 to 26
@@ -298,7 +303,7 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
 
 def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, training: bool = True) -> dict[str, int]:
     "Bytes by kind, and their `total`: an estimate, good to a factor of two; the CUDA or Python runtime is not in it."
-    n = GPT(config).num_scaling_params()
+    n, _ = _counted(dataclasses.astuple(config))
     embeddings, matrices, head = n['wte'] + n['value_embeds'], n['transformer_matrices'], n['lm_head'] + n['scalars']
     width, tokens = dtype.itemsize, device_batch_size * config.sequence_len
     parameters = 4 * (matrices + head) + (4 if dtype is torch.float16 else width) * embeddings
