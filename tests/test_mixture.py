@@ -8,7 +8,7 @@ from nanochat.scripts import chat_sft as sft, mid_train as mt
 from nanochat.tasks.common import completion_text
 from nanochat.tasks.customjson import identity_conversations
 
-NONE = dict(dict.fromkeys(mt.PARTS, 0), identity=0)
+NONE = dict(dict.fromkeys(mt.SIZES, 0), identity=0)
 HEADS = {'spelling_bee': ".count('", 'simple_spelling': 'e', 'arithmetic': '<|python_start|>', 'arithmetic_stories': '<|python_start|>'}  # in some answer of the part
 
 
@@ -18,12 +18,12 @@ def asked(task): return [c['messages'][-2]['content'] for c in task]
 def test_the_sizes_that_were_chosen():
     wanted = dict(spelling_bee=12000, simple_spelling=6000, arithmetic=6000, arithmetic_stories=300, pydoc_name=8000, pydoc_pick=4000, pydoc_choice=0, pydoc=1500)
     for config in (sft.ChatSFTConfig(), mt.MidTrainConfig()):
-        assert {name: getattr(config, name) for name in mt.PARTS} == wanted and config.identity == 2
-        assert not set(mt.PARTS) & set(mt.INCIDENTAL)  # another mixture is another run
+        assert {name: getattr(config, name) for name in mt.SIZES} == wanted and config.identity == 2
+        assert not set(mt.SIZES) & set(mt.INCIDENTAL)  # another mixture is another run
     assert len(mt.mixture(mt.TuneConfig())) == sum(wanted.values()) + 2 * len(identity_conversations())
 
 
-@pytest.mark.parametrize('name', mt.PARTS)
+@pytest.mark.parametrize('name', mt.SIZES)
 def test_every_part_is_trained_and_watched(name):
     """One part alone: its size counts, its held-out items are of its kind and none of them is trained on."""
     cfg = mt.TuneConfig(**NONE | {name: 60}, eval_size=20)
@@ -37,12 +37,12 @@ def test_every_part_is_trained_and_watched(name):
 
 
 def test_validation_covers_what_is_trained_and_nothing_else():
-    sizes = {name: 7 + n for n, name in enumerate(mt.PARTS)}
+    sizes = {name: 7 + n for n, name in enumerate(mt.SIZES)}
     cfg = mt.TuneConfig(**sizes, identity=0, eval_size=5)
     assert len(mt.mixture(cfg)) == sum(sizes.values()) and len(mt.held_out(cfg)) == 5 * len(sizes)
     assert len(mt.held_out(dataclasses.replace(cfg, pydoc_choice=0, arithmetic=0))) == 5 * (len(sizes) - 2)
-    kinds = {(t.__class__, getattr(t, 'kind', None), getattr(t, 'level', None), getattr(t, 'plain', None), t.split) for t in mt.parts(cfg, 'test', 5)}
-    assert kinds == {(*k[:4], 'test') for k in {(t.__class__, getattr(t, 'kind', None), getattr(t, 'level', None), getattr(t, 'plain', None), t.split) for t in mt.parts(cfg, 'train')}}
+    of = lambda tasks: {(t.__class__, getattr(t, 'kind', None), getattr(t, 'level', None)) for t in tasks}
+    assert of(mt.watched_parts(mt.items_of(cfg), 5)) == of(mt.make_parts(mt.items_of(cfg))) and {t.split for t in mt.watched_parts(mt.items_of(cfg), 5)} == {'test'}
 
 
 def test_some_are_asked_without_quotes():

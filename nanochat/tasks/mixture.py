@@ -121,7 +121,7 @@ def need_data(items: Sequence[Item]) -> None:
 
 def make_part(item: Item, split: str = 'train') -> Task:
     "The task of one entry, once. Raises `UserError` for a count beyond the set."
-    if is_file(item.name): task = CustomJSON(item.name, stop=item.count)
+    if item.name not in PARTS: task = CustomJSON(item.name, stop=item.count)
     else: task = PARTS[item.name].make(item.count or PARTS[item.name].size, split)
     if item.count is not None and len(task) < item.count:
         raise UserError(f"{item.name} has {len(task):,} conversations, not {item.count:,}; write {item.name} for all of them, or {item.name}*2 for two passes")
