@@ -7,7 +7,7 @@ __all__ = ['VE_CHANNELS', 'SMEAR_CHANNELS', 'QK_SCALE', 'ROPE_BASE', 'EPS', 'SOF
            'by_hand', 'inverse_rms', 'norm_backward', 'norm', 'rotary_tables', 'apply_rotary', 'Linear',
            'linear_together', 'window_sizes', 'has_ve', 'rotate', 'gated_values', 'rotate_and_norm',
            'CausalSelfAttention', 'relu2', 'MLP', 'Block', 'smear', 'softcapped_logits', 'plain_loss', 'head_rows',
-           'head_chunks', 'softcapped_loss', 'mix', 'pad_to', 'GPT', 'init_parameters', 'init_scalars',
+           'head_chunks', 'softcapped_loss', 'mix', 'pad_to', 'embedding', 'GPT', 'init_parameters', 'init_scalars',
            'flops_per_token', 'count_parameters', 'parameter_groups', 'scalar_groups', 'keep_freed_memory',
            'naive_generate']
 
@@ -348,6 +348,10 @@ def pad_to(n: int, multiple: int) -> int:
     "n rounded up to a multiple."
     return -(-n // multiple) * multiple
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    "An embedding not yet filled. (`nn.Embedding` by itself draws values, and on the meta device that imports PyTorch's compiler: a second of every start.)"
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
 # %% ../nbs/06_gpt.ipynb #3fbb9a1b
 class GPT(nn.Module):
     "The language model. Built on the meta device: call `to_empty(device=)`, then `init_weights()`."
@@ -359,14 +363,14 @@ class GPT(nn.Module):
 
     def _build(self, padded_vocab: int) -> None:
         c, D = self.config, self.config.n_embd // self.config.n_head
-        self.transformer = nn.ModuleDict({'wte': nn.Embedding(padded_vocab, c.n_embd), 'h': nn.ModuleList(Block(c, i) for i in range(c.n_layer))})
+        self.transformer = nn.ModuleDict({'wte': embedding(padded_vocab, c.n_embd), 'h': nn.ModuleList(Block(c, i) for i in range(c.n_layer))})
         self.lm_head = Linear(c.n_embd, padded_vocab)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(padded_vocab, c.n_kv_head * D) for i in range(c.n_layer) if c.value_embeds and has_ve(i, c.n_layer)})
+        self.value_embeds = nn.ModuleDict({str(i): embedding(padded_vocab, c.n_kv_head * D) for i in range(c.n_layer) if c.value_embeds and has_ve(i, c.n_layer)})
         scalars = lambda present, n: nn.Parameter(torch.empty(n)) if present else None
         self.resid_lambdas, self.x0_lambdas = (scalars(c.layer_scalars, c.n_layer) for _ in range(2))
         self.smear_gate = Linear(SMEAR_CHANNELS, 1) if c.smear else None
         self.smear_lambda, self.backout_lambda = scalars(c.smear, 1), scalars(c.backout, 1)
-        for name, t in zip(('cos', 'sin'), rotary_tables(c.sequence_len * ROTARY_REACH, D, c.rope_base)): self.register_buffer(name, t, persistent=False)
+        for name in ('cos', 'sin'): self.register_buffer(name, torch.empty(1, c.sequence_len * ROTARY_REACH, 1, D // 2), persistent=False)
 
     @torch.no_grad()
     def init_weights(self) -> None:

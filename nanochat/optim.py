@@ -284,6 +284,7 @@ def _shared_adamw(group: dict[str, Any], state: dict[Tensor, dict], c: Collectiv
     yield
     parts = [p if r is None else p[r] for p, r in zip(params, rows)]
     _adamw_update(group, state, params, parts, [s.wait() for s in sums])
+    del grads, sums  # their memory is free for the other groups
     gathers = [(p, c.gather(part.contiguous())) for p, part, r in zip(params, parts, rows) if r is not None]
     yield
     for p, g in gathers: p.copy_(g.wait())
@@ -297,6 +298,7 @@ def _shared_muon(group: dict[str, Any], state: dict[Tensor, dict], c: Collective
     owned = [params[i].float() if i < layout.count else torch.zeros_like(params[0], dtype=torch.float32) for i in layout.owned(c.rank)]
     stacked = torch.stack(owned)
     _muon_update(group, state, layout, stacked, sums.wait())
+    del sums
     gathered = c.gather(stacked)
     yield
     torch._foreach_copy_(params, list(gathered.wait()[:layout.count]))
