@@ -620,7 +620,7 @@ class Grade:
 def _constants(path: Path) -> dict[str, Any]:
     "TITLE and EXERCISES of a test file, read without running it."
     tree = ast.parse(path.read_text(encoding='utf8'))
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id in ('TITLE', 'EXERCISES')}
+    return {n.targets[0].id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') in ('TITLE', 'EXERCISES')}
 
 # %% ../nbs/20_grade.ipynb #ea51582d
 def grade_lines(grade: Grade) -> Iterator[str]:
