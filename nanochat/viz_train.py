@@ -6,17 +6,17 @@
 __all__ = ['SIZES', 'LEAVE_OUT', 'REAL_BUDGETS', 'REAL_DEPTHS', 'REAL_RATIO', 'TABLE', 'TrainLog', 'smoothed', 'plain_legend',
            'draw_loss', 'draw_series', 'short_lines', 'training_figure', 'Stopped', 'TrainingFacts', 'TrainingSteps',
            'Training', 'button_for', 'LiveBase', 'LiveEvents', 'LiveTraining', 'live_training', 'random_rows',
-           'byte_ids', 'small_config', 'sizes_for', 'isoflop_trial', 'isoflop_trials', 'without', 'fit_points',
-           'draw_valleys', 'draw_law', 'isoflop_figure', 'isoflop_explorer', 'sized', 'paper_runs', 'best_depth',
-           'paper_figure', 'paper_explorer', 'CacheLayer', 'cache_layers', 'cache_bytes', 'cache_grid', 'draw_grid',
-           'draw_bytes', 'cache_figure', 'cache_filler', 'TokenOdds', 'next_logits', 'odds_of', 'token_text',
-           'sampling_table', 'entropy_bits', 'sampling_figure', 'sampling_explorer', 'coloured_token', 'rollout_row',
-           'rollouts_html', 'ask_question', 'Sums', 'Policy', 'half_taught', 'right_answers', 'improving',
-           'reward_figure', 'rollouts_explorer', 'SlotSpan', 'slot_spans', 'slots_at', 'slots_figure', 'draw_span',
-           'slots_title', 'slots_explorer', 'burst', 'watch_slots']
+           'byte_ids', 'small_config', 'isoflop_budgets', 'sizes_for', 'isoflop_trial', 'isoflop_trials', 'without',
+           'fit_points', 'draw_valleys', 'draw_law', 'isoflop_figure', 'isoflop_explorer', 'sized', 'paper_runs',
+           'best_depth', 'paper_figure', 'paper_explorer', 'CacheLayer', 'cache_layers', 'cache_bytes', 'cache_grid',
+           'draw_grid', 'draw_bytes', 'cache_figure', 'cache_filler', 'TokenOdds', 'next_logits', 'odds_of',
+           'token_text', 'sampling_table', 'entropy_bits', 'sampling_figure', 'sampling_explorer', 'coloured_token',
+           'rollout_row', 'rollouts_html', 'ask_question', 'Sums', 'Policy', 'half_taught', 'right_answers',
+           'improving', 'reward_figure', 'rollouts_explorer', 'SlotSpan', 'slot_spans', 'slots_at', 'slots_figure',
+           'draw_span', 'slots_title', 'slots_explorer', 'burst', 'watch_slots']
 
 # %% ../nbs/18_viz_train.ipynb #891e3d79
-import functools, html, math, threading, time
+import functools, html, math, os, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -267,12 +267,16 @@ def byte_ids(texts: Iterable[str], limit: int = 2_000_000) -> Tensor:
     return torch.frombuffer(data[:limit], dtype=torch.uint8).long()
 
 # %% ../nbs/18_viz_train.ipynb #68e4ef26
-SIZES = ((1, 8), (1, 12), (1, 16), (1, 24), (1, 32), (2, 32), (2, 48), (3, 48))  # (depth, width), small to large
+SIZES = ((1, 8), (1, 12), (1, 16), (1, 24), (1, 32), (1, 48), (2, 48), (3, 48))  # (depth, width), small to large
 
 def small_config(depth: int, width: int, length: int = 64, vocab: int = 256) -> GPTConfig:
     "A model over bytes, without smear and value embeddings, which need a certain width; one head for every 32 channels."
     heads = max(1, width // 32)
     return GPTConfig(sequence_len=length, vocab_size=vocab, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width, window_pattern='L', smear=False, value_embeds=False)
+
+def isoflop_budgets() -> list[float]:
+    "The FLOPs of lesson 7's three budgets: about half a minute of one core in all; a tenth of that with NANOCHAT_LESSON_FAST=1."
+    return [b / (10 if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else 1) for b in (3.5e9, 8e9, 1.8e10)]
 
 def sizes_for(budget: int, per_budget: int = 5) -> tuple[tuple[int, int], ...]:
     "The sizes to try at the first, second, ... budget: one step larger each time."
