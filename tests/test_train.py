@@ -15,7 +15,7 @@ from nanochat.train import Hook, Loop, NonFiniteLoss, TrainState, accumulate, co
 
 CPU = torch.device('cpu')
 TINY = dict(depth=1, head_dim=32, aspect_ratio=32, sequence_len=64, device_batch_size=4, total_batch_size=256, eval_tokens=512)
-CHATS = dict(dict.fromkeys(mt.PARTS, 0), spelling_bee=40, simple_spelling=20, arithmetic=40, identity=0, eval_size=4)
+CHATS = dict(dict.fromkeys(mt.SIZES, 0), spelling_bee=40, simple_spelling=20, arithmetic=40, identity=0, eval_size=4)
 
 
 @pytest.fixture(scope='module')

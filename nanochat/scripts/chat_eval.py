@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoint_manager import load_model, newest_tag, run_dir
+from ..checkpoint_manager import find_run, load_model, results_dir, run_dir
 from ..common import Progress, UserError, atomic_write, cli, detect_device, distributed, get_ranks, print0
 from ..engine import Engine, in_batches, last_logits
 from ..report import log_result, recall_result, result_mark
@@ -249,7 +249,8 @@ def score_line(name: str, score: dict[str, Any]) -> str:
 @dataclass
 class ChatEvalConfig:
     "Mark a chat model on held-out tasks."
-    source: str = 'sft'  # which stage's model: base, mid, sft or rl
+    source: str = 'sft'  # which stage's model: base, mid, sft, rl, or public (see path)
+    path: str = ''  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str | None = None  # the run's name; the deepest of the stage if left out
     step: int | None = None  # which checkpoint; the newest if left out
     tasks: str = 'spellingbee,simplespelling,arithmetic,arithmetic3,pydoc'  # names separated by commas, 'all' of those without downloads, or 'chatcore'
@@ -336,9 +337,9 @@ def chat_eval(cfg: ChatEvalConfig) -> dict[str, Any]:
     names = check_settings(cfg)
     device, start = detect_device(cfg.device), time.monotonic()
     with distributed(device):
-        tag = cfg.model_tag or newest_tag(cfg.source)
-        model, tokenizer, meta = load_model(cfg.source, device, 'eval', tag, cfg.step)
-        engine, run, scores, samples = Engine(model, tokenizer, 'compute'), run_dir(cfg.source, tag), {}, []
+        found = find_run(cfg.source, cfg.model_tag, cfg.path or None)
+        model, tokenizer, meta = load_model(cfg.source, device, 'eval', cfg.model_tag or (None if cfg.path else found.name), cfg.step, cfg.path or None)
+        engine, run, tag, scores, samples = Engine(model, tokenizer, 'compute'), results_dir(cfg.source, found), found.name, {}, []
         if done := earlier(cfg, names, run, meta):
             print0(f"{cfg.source}/{tag}, step {meta['step']}: marked before with these settings, ChatCORE {done['chat_core']:.3f}; --force marks again")
             return done | dict(skipped=True)
