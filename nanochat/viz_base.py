@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'COLORS', 'STYLE', 'SCALE', 'CARD', 'styled', 'figure', 'settle', 'png', 'Picture', 'picture',
            'import_ipywidgets', 'as_control', 'Shown', 'rendered', 'error_html', 'Explorer', 'Html', 'question',
-           'cell_html', 'table', 'alone', 'SmallRun', 'small_run', 'lesson_corpus', 'LessonRun', 'trained_run',
+           'cell_html', 'table', 'alone', 'SmallRun', 'few', 'small_run', 'lesson_corpus', 'LessonRun', 'trained_run',
            'open_run', 'lesson_conversations', 'train_base', 'train_sft', 'lessons_dir', 'open_small', 'lesson_run']
 
 # %% ../nbs/18_viz_base.ipynb #3e8cf0f6
@@ -270,9 +270,13 @@ class SmallRun:
     sft_steps: int = 500
     tokenizer_chars: int = 4_000_000  # of text that its tokenizer is trained on
 
+def few(steps: int) -> int:
+    "A number of training steps in a lesson; a tenth of it when NANOCHAT_LESSON_FAST=1, as in tests."
+    return max(2, steps // 10) if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else steps
+
 def small_run() -> SmallRun:
     "The recipe, with a tenth of the steps when NANOCHAT_LESSON_FAST=1."
-    return SmallRun(base_steps=20, sft_steps=50) if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else SmallRun()
+    return SmallRun(base_steps=few(SmallRun.base_steps), sft_steps=few(SmallRun.sft_steps))
 
 def lesson_corpus() -> Corpus:
     "The embedded corpus, made now if it is not there (a few seconds)."

@@ -1,0 +1,147 @@
+"""The course's lessons: each runs from top to bottom, hides no error in a widget, and holds what a lesson promises."""
+import json, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LESSONS = sorted((ROOT/'lessons').glob('[0-9]*.ipynb'))
+MAIN = [p for p in LESSONS if re.match(r'\d\d_', p.name)]
+MACHINE_PATH = re.compile(r"(?<![\w.~*])/(?:root|tmp|work|home/\w+|Users/\w+|var/folders)(?=[/'\"\s\\]|$)")
+by_name = dict(ids=lambda p: p.stem)
+
+
+def cells(path): return json.loads(path.read_text(encoding='utf8'))['cells']
+def source(cell): return ''.join(cell['source'])
+def markdown(path): return '\n\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
+
+
+def test_all_lessons_are_there():
+    numbers = [int(p.name[:2]) for p in MAIN]
+    assert numbers == list(range(14)), f'lessons present: {numbers}'
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_promises(path):
+    """A title, what it is for, minutes; at least four questions that unfold; the GPU box; three things to try; where to go next."""
+    text = markdown(path)
+    assert re.match(r'# \S', source(cells(path)[0])), 'begin with # Title'
+    opening = text[:1500]
+    assert re.search(r'you (can|will be able to)|able to', opening), 'say what the reader will be able to do'
+    assert re.search(r'\d+\s*(to \d+ )?minutes', opening), 'say how many minutes it takes'
+    assert len(re.findall(r'<details>', text)) >= 4 and text.count('<details>') == text.count('</details>'), 'at least four questions with answers'
+    assert re.search(r'on a gpu', text, re.I), 'say what changes on a GPU'
+    assert (m := re.search(r'^#+ .*try next.*$', text, re.I | re.M)), 'end with what to try next'
+    assert len(re.findall(r'^\s*(?:\d+\.|[-*]) ', text[m.end():], re.M)) >= 3, 'three things to try'
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_prose(path):
+    """Paragraphs that can be read, and no number of the text that a cell should have computed is left behind as a placeholder."""
+    for c in cells(path):
+        if c['cell_type'] != 'markdown': continue
+        assert not re.search(r'\bTODO\b|\bFIXME\b|\bXXX\b(?!X)', source(c)), f'cell {c["id"]} is unfinished'
+        for paragraph in re.split(r'\n\s*\n', source(c)):
+            if re.match(r'\s*([|<>*#\d-]|```)', paragraph): continue
+            assert len(paragraph.split()) <= 130, f'cell {c["id"]} has a paragraph of {len(paragraph.split())} words: {paragraph[:60]!r}'
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_links(path):
+    """Every relative link leads to a file of this repository; papers are named by a well-formed arXiv number."""
+    for link in re.findall(r'\]\(([^)\s]+)\)', markdown(path)):
+        if link.startswith(('http://', 'https://')):
+            if 'arxiv.org' in link: assert re.fullmatch(r'https://arxiv\.org/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?', link), link
+            continue
+        target = link.split('#')[0]
+        if target: assert (path.parent/target).resolve().exists(), f'{link} leads nowhere'
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_stored_outputs(path):
+    """Outputs are there, small, free of errors, of widgets that need a kernel, and of this machine's paths."""
+    nb = json.loads(path.read_text(encoding='utf8'))
+    assert (nb['nbformat'], nb['nbformat_minor']) == (4, 5) and 'widgets' not in nb['metadata']
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    assert any(c['outputs'] for c in code), 'run it and commit the outputs'
+    assert path.stat().st_size < 700_000, f'{path.stat().st_size / 1e3:.0f} kB in all'
+    for c in code:
+        assert '#| export' not in source(c) and not re.search(r'^\s*[%!]', source(c), re.M)
+        for o in c['outputs']:
+            assert o['output_type'] != 'error' and len(json.dumps(o)) < 110_000, f'cell {c["id"]}: {len(json.dumps(o)) / 1e3:.0f} kB'
+            assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {}), f'cell {c["id"]} stores a widget; use dev/nb.py run'
+            assert o.get('name') != 'stderr' or 'Error' not in ''.join(o['text']), ''.join(o['text'])
+        found = MACHINE_PATH.search(json.dumps(c['outputs'], ensure_ascii=False) + source(c))
+        assert not found, f'cell {c["id"]} names {found[0]}'
+
+
+@pytest.mark.parametrize('path', MAIN, **by_name)
+def test_a_picture_in_every_lesson(path):
+    """A lesson without a figure is a text."""
+    shown = [k for c in cells(path) if c['cell_type'] == 'code' for o in c['outputs'] for k in o.get('data', {})]
+    assert sum(k in ('image/png', 'image/svg+xml', 'text/html') for k in shown) >= 2
+
+
+# Running. One base directory for all lessons of a worker: the corpus is prepared and the small model trained once.
+
+@pytest.fixture(scope='session')
+def lesson_base(tmp_path_factory):
+    return tmp_path_factory.mktemp('lessons-base')
+
+
+def swallowed(nb):
+    """Errors that a callback wrote into an output widget, where no runner looks."""
+    state = nb.metadata.get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
+    return [o for w in state.values() for o in w.get('state', {}).get('outputs', ()) or () if o.get('output_type') == 'error']
+
+
+def explorers_that_failed(nb):
+    """Explorers say in their plain text when drawing has failed."""
+    texts = [''.join(o.get('data', {}).get('text/plain', '')) for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+    return [t for t in texts if t.startswith('Explorer(') and 'failed:' in t]
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_runs(path, lesson_base, monkeypatch):
+    """From top to bottom, offline, with the small model of few steps; a widget's error is an error."""
+    nbformat = pytest.importorskip('nbformat')
+    NotebookClient = pytest.importorskip('nbclient').NotebookClient
+    for k, v in dict(NANOCHAT_BASE_DIR=str(lesson_base), NANOCHAT_LESSON_FAST='1', NANOCHAT_STRICT_WIDGETS='1', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1').items(): monkeypatch.setenv(k, v)
+    monkeypatch.delenv('JPY_SESSION_NAME', raising=False)
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    assert swallowed(nb) == [] and explorers_that_failed(nb) == []
+    outputs = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+    assert all(o.output_type != 'error' for o in outputs)
+    noise = [o.text for o in outputs if o.get('name') == 'stderr' and re.search(r'Traceback|Error\b', o.text)]
+    assert not noise, noise[0][-1500:]
+
+
+def test_the_scanner_itself():
+    """Both kinds of hidden error are found where they are."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+    bad = {'state': {'outputs': [{'output_type': 'error', 'ename': 'ValueError'}]}}
+    nb = new_notebook(cells=[new_code_cell('x', outputs=[new_output('execute_result', data={'text/plain': 'Explorer(n=0) failed: ZeroDivisionError()'})])])
+    nb.metadata['widgets'] = {'application/vnd.jupyter.widget-state+json': {'state': {'a': bad, 'b': {'state': {'value': 3}}}}}
+    assert len(swallowed(nb)) == 1 and len(explorers_that_failed(nb)) == 1
+    assert MACHINE_PATH.search('in /home/ann/x') and not MACHINE_PATH.search('https://a.b/home/x')
+
+
+LIVE = '''
+import ipywidgets, nbformat, sys
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+code = "import ipywidgets\\nslider = ipywidgets.IntSlider(1, min=0, max=3)\\n@ipywidgets.interact(n=slider)\\ndef f(n): return 1 / n\\nslider.value = 0"
+nb = new_notebook(cells=[new_code_cell(code)])
+NotebookClient(nb, timeout=60, kernel_name='python3').execute()
+state = nb.metadata['widgets']['application/vnd.jupyter.widget-state+json']['state']
+print(sum(o.get('output_type') == 'error' for w in state.values() for o in w['state'].get('outputs', ()) or ()))
+'''
+
+
+def test_scanner_finds_what_interact_swallows():
+    """The reason for the scanner: this notebook fails, and the runner reports success."""
+    pytest.importorskip('ipywidgets')
+    done = subprocess.run([sys.executable, '-c', LIVE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == '1', done.stderr[-1500:]
