@@ -8,10 +8,10 @@ __all__ = ['PHASES', 'COMMANDS', 'TOKENIZER_FILES', 'PUBLIC', 'PARTS', 'FIRST_MO
            'plain_state', 'disk_errors', 'write_weights', 'write_state', 'file_table', 'step_dir', 'describe',
            'nbytes_of', 'write_checkpoint', 'save_checkpoint', 'read_meta', 'list_checkpoints', 'prune_checkpoints',
            'clean_run', 'settle_run', 'Checkpoint', 'verify', 'find_step', 'load_states', 'load_checkpoint',
-           'check_config', 'load_weights', 'config_of', 'empty_model', 'build_model', 'newest_tag', 'runs_in',
-           'deepest', 'public_run', 'listing', 'meta_name', 'find_run', 'step_of', 'results_dir', 'load_model',
-           'public_meta', 'public_state', 'parts_of', 'only_parts', 'public_config', 'check_gates', 'fit_rows',
-           'load_public_checkpoint']
+           'check_config', 'load_weights', 'config_of', 'check_vocabulary', 'empty_model', 'build_model', 'newest_tag',
+           'runs_in', 'deepest', 'public_run', 'listing', 'meta_name', 'find_run', 'step_of', 'results_dir',
+           'load_model', 'public_meta', 'public_state', 'parts_of', 'only_parts', 'public_config', 'check_gates',
+           'fit_rows', 'load_public_checkpoint']
 
 # %% ../nbs/08_checkpoint_manager.ipynb #fa671f02
 import contextlib, dataclasses, errno, json, os, pickle, random, re, shutil, time
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .common import UserError, atomic_dir, atomic_file, atomic_write, base_dir, detect_device, environment, get_ranks, require_space, sha256_file, temporary_name
+from .common import UserError, atomic_dir, atomic_file, atomic_write, base_dir, environment, get_ranks
+from .common import require_space, sha256_file, temporary_name
 from .gpt import VE_CHANNELS, GPT, GPTConfig, pad_to
 from .optim import merged_state
 from .tokenizer import RustBPETokenizer
@@ -39,7 +40,8 @@ def phase_dir(phase: str) -> Path:
 
 def run_dir(phase: str, tag: str) -> Path:
     "The directory of one run. The tag becomes a folder's name, so it may not contain a path."
-    if not re.fullmatch(r'[\w+=-][\w.+=-]*', tag): raise UserError(f"'{tag}' cannot name a run; use letters, digits, '-', '_' and '.', for example --model-tag d4")
+    if not re.fullmatch(r'[\w+=-][\w.+=-]*', tag):
+        raise UserError(f"'{tag}' cannot name a run; use letters, digits, '-', '_' and '.', for example --model-tag d4")
     return phase_dir(phase)/tag
 
 # %% ../nbs/08_checkpoint_manager.ipynb #f2a83293
@@ -260,7 +262,8 @@ def load_states(run: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
     rest = read(part)
     if 'shard' not in (rest.get('optimizer') or {}): return rest
     names = [f'optim_rank{r}.pt' for r in range(rest['optimizer']['shard']['world_size'])]
-    if lost := [n for n in names if n not in meta['files']]: raise UserError(f"{path.name} of {run.name} lacks {', '.join(lost)}, parts of the optimizer's state; resume from another checkpoint")
+    if lost := ', '.join(n for n in names if n not in meta['files']):
+        raise UserError(f"{path.name} of {run.name} lacks {lost}, parts of the optimizer's state; resume from another checkpoint")
     verify(run, step, meta, names)
     return rest | dict(optimizer=merged_state([read(n, mmap=True)['optimizer'] for n in names]))
 
@@ -296,8 +299,14 @@ def config_of(meta: dict[str, Any], name: str = 'the checkpoint') -> GPTConfig:
     "The shape of a checkpoint's model. Raises `UserError` for settings that this package does not compute."
     shape = meta['model_config']
     unknown = sorted(set(shape) - {f.name for f in dataclasses.fields(GPTConfig)})
-    if unknown: raise UserError(f"{name} was trained with settings this package does not know: {', '.join(f'{k}={shape[k]!r}' for k in unknown)}; its model would compute something else here")
-    return GPTConfig(**shape)
+    if not unknown: return GPTConfig(**shape)
+    settings = ', '.join(f'{k}={shape[k]!r}' for k in unknown)
+    raise UserError(f'{name} was trained with settings this package does not know: {settings}; its model would compute something else here')
+
+def check_vocabulary(tokenizer: RustBPETokenizer, config: GPTConfig, name: str) -> None:
+    "Raise `UserError` for a tokenizer with more tokens than the model."
+    if (size := tokenizer.get_vocab_size()) <= config.vocab_size: return
+    raise UserError(f'the tokenizer of {name} has {size} tokens and its model only {config.vocab_size}; this is not the tokenizer it was trained with')
 
 def empty_model(config: GPTConfig, device: torch.device) -> GPT:
     "An initialised model on `device`, built without ever existing twice in memory."
@@ -311,8 +320,7 @@ def build_model(run: Path, step: int | None, device: torch.device, phase: str = 
     "Model, tokenizer and meta of a checkpoint; `phase` is 'eval' or 'train'. Raises `UserError` when they do not fit each other."
     found, tokenizer = load_checkpoint(run, step, optimizer=False), run_tokenizer(run)
     config = config_of(found.meta, run.name)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(f'the tokenizer of {run.name} has {tokenizer.get_vocab_size()} tokens and its model only {config.vocab_size}; this is not the tokenizer it was trained with')
+    check_vocabulary(tokenizer, config, run.name)
     rng = rng_state()
     model = empty_model(config, device)
     set_rng_state(rng)
@@ -339,7 +347,9 @@ def deepest(runs: list[Path]) -> Path:
 PUBLIC = 'public'  # the source that is a path
 
 def public_run(path: Path | str | None, model_tag: str | None = None) -> Path:
-    "The directory with `model_*.pt` that `path` means: itself, the one below it (`model_tag`, else the deepest), or the parent of a file. Raises `UserError`."
+    """The directory with `model_*.pt` that `path` means: itself, the one below it (`model_tag`, else the deepest), or the parent of a file.
+
+    Raises `UserError`."""
     if not path: raise UserError('--source public needs --path: the directory that holds model_*.pt and meta_*.json')
     folder = Path(path).expanduser()
     if not folder.exists(): raise UserError(f'there is nothing at {folder}; give --path the directory that holds model_*.pt and meta_*.json')
@@ -387,7 +397,9 @@ def results_dir(source: str, run: Path) -> Path:
 
 def load_model(source: str, device: torch.device | str, phase: str = 'eval', model_tag: str | None = None, step: int | None = None,
                path: Path | str | None = None) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    "Model, tokenizer and meta of a stage (base, mid, sft, rl): the deepest run and its newest step unless told otherwise. Source public: of the directory `path`."
+    """Model, tokenizer and meta of a stage (base, mid, sft, rl): the deepest run and its newest step unless told otherwise.
+
+    Source public: of the directory `path`, which somebody made with the public nanochat."""
     return build_model(find_run(source, model_tag, path), step_of(path, step), torch.device(device), phase)
 
 # %% ../nbs/08_checkpoint_manager.ipynb #37486e7d
@@ -396,20 +408,24 @@ def public_meta(path: Path) -> dict[str, Any]:
     try: meta = json.loads(path.read_text(encoding='utf8'))
     except (OSError, ValueError) as e: raise UserError(f'{path.name} in {path.parent} cannot be read ({e}); copy it again') from e
     shape = meta.get('model_config') if isinstance(meta, dict) else None
-    if not isinstance(shape, dict) or 'n_layer' not in shape: raise UserError(f'{path.name} in {path.parent} has no model_config with n_layer; it was not written by nanochat')
-    return meta
+    if isinstance(shape, dict) and 'n_layer' in shape: return meta
+    raise UserError(f'{path.name} in {path.parent} has no model_config with n_layer; it was not written by nanochat')
 
 def public_state(path: Path) -> dict[str, torch.Tensor]:
     "The tensors of a `model_*.pt`, the compiler's prefix removed. Nothing pickled is executed. Raises `UserError`."
+    why = lambda e: (str(e).splitlines() or [type(e).__name__])[0][:100]
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise UserError(f'{path.name} holds more than weights and was not loaded: {str(e).splitlines()[0]:.120}') from e
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as e: raise UserError(f'{path.name} in {path.parent} is cut short or damaged; copy it again ({str(e).splitlines()[0] if str(e) else type(e).__name__:.80})') from e
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()): raise UserError(f'{path.name} is no table of named tensors; nanochat did not write it')
+    except pickle.UnpicklingError as e: raise UserError(f'{path.name} holds more than weights and was not loaded: {why(e)}') from e
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as e:
+        raise UserError(f'{path.name} in {path.parent} is cut short or damaged; copy it again ({why(e)})') from e
+    tensors = isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not tensors: raise UserError(f'{path.name} is no table of named tensors; nanochat did not write it')
     return {k.removeprefix('_orig_mod.'): v for k, v in state.items()}
 
 # %% ../nbs/08_checkpoint_manager.ipynb #88b272e3
 PARTS = {  # option of GPTConfig -> what the keys that belong to it contain
-    'value_embeds': ('value_embeds.', 'attn.ve_gate.'), 'smear': ('smear_gate.', 'smear_lambda'), 'backout': ('backout_lambda',), 'layer_scalars': ('resid_lambdas', 'x0_lambdas')}
+    'value_embeds': ('value_embeds.', 'attn.ve_gate.'), 'smear': ('smear_gate.', 'smear_lambda'),
+    'backout': ('backout_lambda',), 'layer_scalars': ('resid_lambdas', 'x0_lambdas')}
 
 def parts_of(state: dict[str, torch.Tensor]) -> dict[str, bool]:
     "Which of the newer parts a state dict has, as options of `GPTConfig`: a pair of scalars counts when one is there, a gate only with what it gates."
@@ -434,7 +450,9 @@ def public_config(shape: dict[str, Any], state: dict[str, torch.Tensor]) -> dict
 def check_gates(state: dict[str, torch.Tensor], name: str) -> None:
     "Raise `UserError` for value gates that read another number of channels than today's."
     wide = {v.shape[-1] for k, v in state.items() if k.endswith('attn.ve_gate.weight')} - {VE_CHANNELS}
-    if wide: raise UserError(f"{name} comes from a version of the public nanochat whose value gates read {wide.pop()} channels; here they read {VE_CHANNELS}, as since spring 2026, and the rest of that version's arithmetic differs, too")
+    if not wide: return
+    raise UserError(f'{name} comes from a version of the public nanochat whose value gates read {wide.pop()} channels; '
+                    f"here they read {VE_CHANNELS}, as in the version of July 2026, and the rest of that version's arithmetic differs, too")
 
 # %% ../nbs/08_checkpoint_manager.ipynb #47428404
 def fit_rows(state: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:

@@ -17,19 +17,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # %% ../nbs/14_hf_modeling.ipynb #8674c03d
 class NanochatConfig(PretrainedConfig):
-    "The shape of a nanochat model. `window_sizes[i]` positions before itself are what layer i sees; the four switches name parts that a model may lack."
+    """The shape of a nanochat model.
+
+    Layer i sees `window_sizes[i]` positions before itself; the four switches name parts that a model may lack."""
     model_type = 'nanochat_custom'
 
-    def __init__(self, vocab_size: int = 32768, hidden_size: int = 768, num_hidden_layers: int = 12, num_attention_heads: int = 6, num_key_value_heads: int = 6,
-                 max_position_embeddings: int = 2048, window_sizes: list[int] | None = None, value_embeds: bool = True, smear: bool = True, backout: bool = True,
-                 layer_scalars: bool = True, qk_scale: float = 1.2, rotary_base: float = 100_000.0, softcap: float = 15.0, **kwargs):
+    def __init__(self, vocab_size: int = 32768, hidden_size: int = 768, num_hidden_layers: int = 12, num_attention_heads: int = 6,
+                 num_key_value_heads: int = 6, max_position_embeddings: int = 2048, window_sizes: list[int] | None = None,
+                 value_embeds: bool = True, smear: bool = True, backout: bool = True, layer_scalars: bool = True,
+                 qk_scale: float = 1.2, rotary_base: float = 100_000.0, softcap: float = 15.0, **kwargs):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.num_key_value_heads, self.head_dim = num_attention_heads, num_key_value_heads, hidden_size // num_attention_heads
-        self.intermediate_size, self.max_position_embeddings = 4 * hidden_size, max_position_embeddings
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        self.head_dim, self.intermediate_size = hidden_size // num_attention_heads, 4 * hidden_size
+        self.max_position_embeddings = max_position_embeddings
         self.window_sizes = window_sizes or [max_position_embeddings] * num_hidden_layers
         self.value_embeds, self.smear, self.backout, self.layer_scalars = value_embeds, smear, backout, layer_scalars
         self.qk_scale, self.rotary_base, self.softcap = qk_scale, rotary_base, softcap
-        super().__init__(**{'tie_word_embeddings': False} | {k: v for k, v in kwargs.items() if k not in ('head_dim', 'intermediate_size')})
+        derived = ('head_dim', 'intermediate_size')
+        super().__init__(**{'tie_word_embeddings': False} | {k: v for k, v in kwargs.items() if k not in derived})
 
 # %% ../nbs/14_hf_modeling.ipynb #6dbebc0e
 def norm(x: Tensor) -> Tensor:
@@ -49,7 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %% ../nbs/14_hf_modeling.ipynb #bde9361e
 def visible(queries: int, keys: int, window: int, real: Tensor | None, device: torch.device) -> Tensor | None:
-    "Bool mask `(B or 1, 1, queries, keys)` of what the last `queries` of `keys` positions see; `real` (B, keys) is False at padding. None: everything before."
+    """Bool mask `(B or 1, 1, queries, keys)` of what the last `queries` of `keys` positions see; None where that is everything before.
+
+    `real` (B, keys) is False at padding."""
     if real is None and window >= keys - 1 and queries in (1, keys): return None
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     mask = ((distance >= 0) & (distance <= window))[None, None]
@@ -57,7 +64,7 @@ def visible(queries: int, keys: int, window: int, real: Tensor | None, device: t
 
 # %% ../nbs/14_hf_modeling.ipynb #2010c6eb
 class NanochatAttention(nn.Module):
-    "Causal attention with rotary positions, normed queries and keys, grouped heads, a window, and value embeddings where the layer has a gate for them."
+    "Causal attention: rotary positions, normed queries and keys, grouped heads, value embeddings where the layer has a gate for them."
     def __init__(self, config: NanochatConfig, layer: int):
         super().__init__()
         C, D, kv = config.hidden_size, config.head_dim, config.num_key_value_heads
@@ -74,7 +81,8 @@ class NanochatAttention(nn.Module):
         if ve is not None: v = v + 3 * torch.sigmoid(self.ve_gate(x[..., :12])).transpose(1, 2)[..., None] * heads(ve)
         q, k = (norm(rotate(t, *cos_sin)) * self.qk_scale for t in (q, k))
         if cache is not None: k, v = cache.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1])
+        causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 def has_value_embedding(config: NanochatConfig, layer: int) -> bool:
@@ -113,11 +121,14 @@ def remember(cache: DynamicCache, ids: Tensor, layer: int) -> Tensor | None:
 def check_inputs(ids: Tensor | None, attention_mask: Tensor | None, cache: object) -> None:
     "Raise `ValueError` for what this model cannot compute, before it computes something else."
     if ids is None: raise ValueError('this model needs input_ids: its smear and value embeddings read token ids, not input embeddings')
-    if cache is not None and not isinstance(cache, DynamicCache): raise ValueError(f'this model needs the default cache (DynamicCache), not {type(cache).__name__}; leave cache_implementation out')
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise ValueError(f'this model needs the default cache (DynamicCache), not {type(cache).__name__}; leave cache_implementation out')
     if attention_mask is None: return
     past = 0 if cache is None else cache.get_seq_length()
-    if attention_mask.shape != (len(ids), past + ids.shape[1]): raise ValueError(f'attention_mask has the shape {tuple(attention_mask.shape)}; it should be (batch, tokens so far) = {(len(ids), past + ids.shape[1])}')
-    if cache is not None and past == 0 and (attention_mask[:, 1:] < attention_mask[:, :-1]).any(): raise ValueError("to generate, pad prompts on the left (tokenizer.padding_side = 'left')")
+    have, want = tuple(attention_mask.shape), (len(ids), past + ids.shape[1])
+    if have != want: raise ValueError(f'attention_mask has the shape {have}; it should be (batch, tokens so far) = {want}')
+    if cache is not None and past == 0 and (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+        raise ValueError("to generate, pad prompts on the left (tokenizer.padding_side = 'left')")
 
 def positions_of(ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
     "The positions `(B or 1, T)` of new tokens after `past` old ones: how many real tokens stand before each."
@@ -168,8 +179,9 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
             if i == config.num_hidden_layers // 2: half = x
         return norm(x - self.backout_lambda * half if config.backout else x)
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: DynamicCache | None = None,
-                labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                past_key_values: DynamicCache | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                logits_to_keep: int | Tensor = 0, **kwargs) -> CausalLMOutputWithPast:
         "fp32 logits `(B, T, vocab_size)` of input_ids `(B, T)`, and the loss where labels (-100 ignored) are given."
         if past_key_values is None and use_cache: past_key_values = DynamicCache()
         check_inputs(input_ids, attention_mask, past_key_values)
@@ -177,7 +189,7 @@ class NanochatForCausalLM(PreTrainedModel, GenerationMixin):
         real = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if position_ids is None: position_ids = positions_of(input_ids, attention_mask, past)
         x = self.trunk(input_ids, position_ids, real, past_key_values, past)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(None)
+        keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.config.softcap * torch.tanh(self.lm_head(x[:, keep]).float() / self.config.softcap)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_manager import PARTS, PHASES, Checkpoint, config_of, find_run, load_checkpoint, run_tokenizer, step_of, write_weights
+from ..checkpoint_manager import PARTS, PHASES, Checkpoint, check_vocabulary, config_of, find_run, step_of
+from ..checkpoint_manager import load_checkpoint, run_tokenizer, write_weights
 from ..common import UserError, atomic_dir, base_dir, cli, human, require_space
 from ..gpt import EPS, GPTConfig, SOFTCAP, window_sizes
 from ..tokenizer import SPECIAL_TOKENS, RustBPETokenizer
@@ -46,21 +47,23 @@ def weights_of(state: dict[str, torch.Tensor], config: GPTConfig, dtype: torch.d
 # %% ../../nbs/scripts/12_export_hf.ipynb #42ad24ad
 def special_token_ids(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     "Where a text begins, where an answer ends, and what padding is, as both configurations name it."
-    if '<|assistant_end|>' not in tokenizer.get_special_tokens(): return dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), tokenizer.get_bos_token_id())
+    bos = tokenizer.get_bos_token_id()
+    if '<|assistant_end|>' not in tokenizer.get_special_tokens(): return dict(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
     end = tokenizer.encode_special('<|assistant_end|>')
-    return dict(bos_token_id=tokenizer.get_bos_token_id(), eos_token_id=[end, tokenizer.get_bos_token_id()], pad_token_id=end)
+    return dict(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=end)
 
 def shape_of(config: GPTConfig) -> dict[str, Any]:
     "The entries of `config.json` that every transformer has."
     return dict(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
-                num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, max_position_embeddings=config.sequence_len, tie_word_embeddings=False, use_cache=True)
+                num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, max_position_embeddings=config.sequence_len,
+                tie_word_embeddings=False, use_cache=True)
 
 def custom_config(config: GPTConfig) -> dict[str, Any]:
     "`config.json` for the class in `modeling_nanochat.py`, which `auto_map` names."
     parts = {k: getattr(config, k) for k in (*PARTS, 'qk_scale')}
     windows = [left for left, _ in window_sizes(config)]
-    return dict(architectures=['NanochatForCausalLM'], model_type='nanochat_custom', auto_map={
-        'AutoConfig': 'modeling_nanochat.NanochatConfig', 'AutoModelForCausalLM': 'modeling_nanochat.NanochatForCausalLM'}) | shape_of(config) | parts | dict(
+    classes = {'AutoConfig': 'modeling_nanochat.NanochatConfig', 'AutoModelForCausalLM': 'modeling_nanochat.NanochatForCausalLM'}
+    return dict(architectures=['NanochatForCausalLM'], model_type='nanochat_custom', auto_map=classes) | shape_of(config) | parts | dict(
         window_sizes=windows, rotary_base=float(config.rope_base), softcap=SOFTCAP)
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #4ad5c790
@@ -87,11 +90,13 @@ def obstacles(config: GPTConfig, state: dict[str, torch.Tensor]) -> list[str]:
 def check_native(config: GPTConfig, state: dict[str, torch.Tensor]) -> None:
     "Raise `UserError` that names what stands in the way of a native export."
     if not (found := obstacles(config, state)): return
-    raise UserError(f"transformers' own NanoChat class cannot compute this model; it would have to be trained with base_train {' '.join(found)}. Leave out --native: the usual export carries its code")
+    raise UserError(f"transformers' own NanoChat class cannot compute this model; it would have to be trained with base_train {' '.join(found)}. "
+                    'Leave out --native: the usual export carries its code')
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #0e51ba52
-NATIVE_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.', 'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj',
-                'attn.c_v': 'self_attn.v_proj', 'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+NATIVE_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.',
+                'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj', 'attn.c_v': 'self_attn.v_proj', 'attn.c_proj': 'self_attn.o_proj',
+                'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
 
 def native_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The matrices under the names of transformers' class; what does nothing is left out."
@@ -115,7 +120,8 @@ CHAT_TEMPLATE = r"""
 {%- endmacro -%}
 {%- macro program(call) -%}
   {%- set given = (call.function or call).arguments -%}
-  {%- if given is string -%}{{ given }}{%- elif given is mapping -%}{{ given.code or given.expression or (given.values() | list | first) }}{%- endif -%}
+  {%- if given is string -%}{{ given }}
+  {%- elif given is mapping -%}{{ given.code or given.expression or (given.values() | list | first) }}{%- endif -%}
 {%- endmacro -%}
 {%- set s = namespace(system='', answering=false, due='user') -%}
 {{- '<|bos|>' -}}
@@ -152,21 +158,30 @@ def tokenizer_files(tokenizer: RustBPETokenizer, sequence_len: int) -> dict[str,
     "`tokenizer.json` and `tokenizer_config.json`, by name."
     chat = set(SPECIAL_TOKENS) <= tokenizer.get_special_tokens()
     end = '<|assistant_end|>' if chat else tokenizer.bos
-    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=tokenizer.bos, eos_token=end, pad_token=end, padding_side='left', model_max_length=sequence_len,
-                  model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False) | (dict(chat_template=CHAT_TEMPLATE) if chat else {})
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=tokenizer.bos, eos_token=end, pad_token=end, padding_side='left',
+                  model_max_length=sequence_len, model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False)
+    if chat: config['chat_template'] = CHAT_TEMPLATE
     return {'tokenizer.json': tokenizer.hf.to_str(pretty=False), 'tokenizer_config.json': json.dumps(config, indent=2, ensure_ascii=False)}
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #9cedff84
 ELSEWHERE = {
-    True: """- vLLM: its transformers backend takes classes that use transformers' attention interface, as this one does: `vllm serve FOLDER --model-impl transformers`.
-- llama.cpp: needs a converter class for `NanoChatForCausalLM` and a graph (norms without weights, norms of q and k after the rotary positions, squared ReLU, softcapped logits). The rotation is the inverse of the usual one; negating the second half of each head's rows in `q_proj` and `k_proj` makes them equal.""",
-    False: """- vLLM: cannot run this class. A token's embedding depends on the token before it (smear), which is not among a step's inputs there. Serve it with nanochat's own `chat_web`, or train with the plain options and export with `--native`.
-- llama.cpp: needs a converter class and a graph with, besides a usual transformer, smeared embeddings (one embedding kept between calls), gated value embeddings, scalars per layer, backout, a window per layer, norms of q and k after the rotary positions, squared ReLU and softcapped logits."""}
+    True: """- vLLM: its transformers backend takes classes that use transformers' attention interface, as this one does:
+  `vllm serve FOLDER --model-impl transformers`.
+- llama.cpp: needs a converter class for `NanoChatForCausalLM` and a graph (norms without weights, norms of q and k after the
+  rotary positions, squared ReLU, softcapped logits). The rotation is the inverse of the usual one; negating the second half of
+  each head's rows in `q_proj` and `k_proj` makes them equal.""",
+    False: """- vLLM: cannot run this class. Its own attention is not used here, and a token's embedding can depend on the token before it
+  (smear), which is not among a step's inputs there. Serve it with nanochat's own `chat_web`, or train with the plain options and
+  export with `--native`.
+- llama.cpp: needs a converter class and a graph with, besides a usual transformer, smeared embeddings (one embedding kept between
+  calls), gated value embeddings, scalars per layer, backout, a window per layer, norms of q and k after the rotary positions,
+  squared ReLU and softcapped logits."""}
 
 def facts(config: GPTConfig, parameters: int, meta: dict[str, Any], origin: str) -> str:
     "The rows of the model card's table."
-    rows = {'parameters': human(parameters), 'layers': config.n_layer, 'width': config.n_embd, 'heads (queries / keys)': f'{config.n_head} / {config.n_kv_head}',
-            'vocabulary': f'{config.vocab_size:,}', 'trained on rows of': f'{config.sequence_len:,} tokens', 'checkpoint': origin}
+    rows = {'parameters': human(parameters), 'layers': config.n_layer, 'width': config.n_embd,
+            'heads (queries / keys)': f'{config.n_head} / {config.n_kv_head}', 'vocabulary': f'{config.vocab_size:,}',
+            'trained on rows of': f'{config.sequence_len:,} tokens', 'checkpoint': origin}
     if meta.get('val_bpb'): rows['validation bits per byte'] = f"{meta['val_bpb']:.4f}"
     return ''.join(f'| {k} | {v} |\n' for k, v in rows.items())
 
@@ -179,7 +194,8 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 def model_card(config: GPTConfig, parameters: int, meta: dict[str, Any], origin: str, native: bool, chat: bool) -> str:
     "The README of an export."
     code = '' if native else ', trust_remote_code=True'
-    needs = "transformers' own NanoChat class" if native else 'the class in `modeling_nanochat.py` (read it: it is what `trust_remote_code=True` runs)'
+    shipped = 'the class in `modeling_nanochat.py` (read it: it is what `trust_remote_code=True` runs)'
+    needs = "transformers' own NanoChat class" if native else shipped
     return f'''---
 library_name: transformers
 pipeline_tag: text-generation
@@ -211,11 +227,15 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
 # %% ../../nbs/scripts/12_export_hf.ipynb #82b4effd
 def notes(chat: bool) -> str:
     "What a user of an export should know about its texts."
-    common = 'Every text begins with the tokenizer\'s `bos_token`, which the tokenizer does not add by itself. Batches of prompts are padded on the left. '
-    if not chat: return common + '\n'
-    return common + '''The chat template adds all marks of a conversation. Text that looks like such a mark (`<|user_end|>`) is read as the mark, so remove it from what strangers type.
+    common = '''Every text begins with the tokenizer's `bos_token`, which the tokenizer does not add by itself. Batches of prompts are padded
+on the left.
+'''
+    if not chat: return common
+    return common + '''The chat template adds all marks of a conversation. Text that looks like such a mark (`<|user_end|>`) is read as the mark, so
+remove it from what strangers type.
 
-The model may call a calculator: it writes an expression between `<|python_start|>` and `<|python_end|>` and expects the result between `<|output_start|>` and `<|output_end|>`. `generate` does not do that; nanochat's engine does.
+The model may call a calculator: it writes an expression between `<|python_start|>` and `<|python_end|>` and expects the result
+between `<|output_start|>` and `<|output_end|>`. `generate` does not do that; nanochat's engine does.
 '''
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #3a4f9634
@@ -236,7 +256,8 @@ def text_files(cfg: ExportConfig, config: GPTConfig, tokenizer: RustBPETokenizer
     ids, chat, origin = special_token_ids(tokenizer), converses(cfg, run, tokenizer), f"{cfg.source}/{run.name}, step {meta['step']}"
     shape = (native_config if cfg.native else custom_config)(config) | ids | dict(dtype=cfg.dtype)
     dump = lambda d: json.dumps(d, indent=2) + '\n'
-    texts = {'config.json': dump(shape), 'generation_config.json': dump(ids | dict(use_cache=True)), 'README.md': model_card(config, parameters, meta, origin, cfg.native, chat)}
+    texts = {'config.json': dump(shape), 'generation_config.json': dump(ids | dict(use_cache=True)),
+             'README.md': model_card(config, parameters, meta, origin, cfg.native, chat)}
     return texts | tokenizer_files(tokenizer, config.sequence_len) | ({} if cfg.native else {'modeling_nanochat.py': modeling_source()})
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #06f351ee
@@ -256,7 +277,7 @@ def read_checkpoint(cfg: ExportConfig) -> tuple[Path, Checkpoint, GPTConfig, Rus
     run = find_run(cfg.source, cfg.model_tag, cfg.path)
     found, tokenizer = load_checkpoint(run, step_of(cfg.path, cfg.step), optimizer=False), run_tokenizer(run)
     config = config_of(found.meta, run.name)
-    if tokenizer.get_vocab_size() > config.vocab_size: raise UserError(f'the tokenizer of {run.name} has {tokenizer.get_vocab_size()} tokens and its model only {config.vocab_size}')
+    check_vocabulary(tokenizer, config, run.name)
     return run, found, config, tokenizer
 
 # %% ../../nbs/scripts/12_export_hf.ipynb #a7503bf2
@@ -272,7 +293,8 @@ def export_hf(cfg: ExportConfig) -> dict[str, Any]:
     parameters = sum(t.numel() for t in weights.values())
     write_export(folder, weights, text_files(cfg, config, tokenizer, parameters, found.meta, run))
     nbytes = sum(p.stat().st_size for p in folder.iterdir())
-    print(f"{folder}: {human(parameters)} parameters, {human(nbytes, 'B')}; load it with AutoModelForCausalLM.from_pretrained('{folder}'{'' if cfg.native else ', trust_remote_code=True'})")
+    code = '' if cfg.native else ', trust_remote_code=True'
+    print(f"{folder}: {human(parameters)} parameters, {human(nbytes, 'B')}; load it with AutoModelForCausalLM.from_pretrained('{folder}'{code})")
     return dict(folder=str(folder), native=cfg.native, parameters=parameters, bytes=nbytes, step=found.meta['step'], dtype=cfg.dtype)
 
 def main() -> None:
