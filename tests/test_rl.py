@@ -190,7 +190,7 @@ def test_resume_is_exact(vowels, monkeypatch):
     lines = [{k: v for k, v in r.items() if 'seconds' not in k and k not in ('tok_per_sec', 'memory')} for r in read_jsonl(run/'metrics.jsonl')]
     step = rl.rl_step
     def crash(*args):
-        if args[-1] == 3: raise RuntimeError('power cut')
+        if args[5] == 3: raise RuntimeError('power cut')
         return step(*args)
     monkeypatch.setattr(rl, 'rl_step', crash)
     with pytest.raises(RuntimeError): chat_rl(config(save_every=2, fresh=True))
@@ -203,6 +203,61 @@ def test_resume_is_exact(vowels, monkeypatch):
     flat = lambda s: [t for g in s.optim_state['state'].values() for t in g.values() if isinstance(t, torch.Tensor)]
     assert flat(whole) and all(torch.equal(a, b) for a, b in zip(flat(whole), flat(again), strict=True))
     assert [{k: v for k, v in r.items() if 'seconds' not in k and k not in ('tok_per_sec', 'memory')} for r in read_jsonl(run/'metrics.jsonl')] == lines
+
+
+def test_resume_in_fp16_keeps_the_scale(vowels, monkeypatch):
+    """Scaled updates, one of them skipped because a gradient overflowed; a run that stopped in between ends with the same weights and the same scale."""
+    from nanochat.grad_scale import GradScaler
+    monkeypatch.setenv('NANOCHAT_DTYPE', 'float16')
+    monkeypatch.setattr(rl, 'scaler_for', lambda dtype: GradScaler(scale=2.0**30, growth_interval=2, enabled=dtype == torch.float16))
+    chat_rl(config(save_every=2))
+    run = run_dir('rl', 'd2')
+    rows = [r for r in read_jsonl(run/'metrics.jsonl') if 'lr' in r]
+    assert rows[0]['skipped_steps'] >= 1 and rows[0]['grad_scale'] < 2.0**30 and all('grad_scale' in r for r in rows)
+    whole = load_checkpoint(run, 4)
+    assert torch.equal(load_checkpoint(run, 2).model_state['lm_head.weight'], whole.model_state['lm_head.weight']) == (rows[3]['skipped_steps'] - rows[1]['skipped_steps'] == 2)
+    step = rl.rl_step
+    def crash(*args):
+        if args[5] == 3: raise RuntimeError('power cut')
+        return step(*args)
+    monkeypatch.setattr(rl, 'rl_step', crash)
+    with pytest.raises(RuntimeError): chat_rl(config(save_every=2, fresh=True))
+    monkeypatch.setattr(rl, 'rl_step', step)
+    chat_rl(config(save_every=2))
+    again = load_checkpoint(run, 4)
+    assert again.meta['scaler'] == whole.meta['scaler'] and all(torch.equal(v, again.model_state[k]) for k, v in whole.model_state.items())
+
+
+def test_scaled_updates_are_the_plain_ones():
+    """In fp32 a scale changes nothing but the number in the log; an infinite gradient leaves every weight as it was."""
+    from nanochat.grad_scale import GradScaler
+    results = []
+    for scaler in (None, GradScaler(scale=1024.0)):
+        model = tiny(random=True)
+        rollouts = with_advantages([Rollout([1, 2 + i, 3], [0, 1, 1], float(i)) for i in range(4)], 4)
+        rl_step(model, model.setup_optimizer(), rollouts, 1.0, 8, 0, scaler)
+        results.append(model.state_dict())
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    model, scaler = tiny(random=True), GradScaler(scale=1024.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.lm_head.weight.register_hook(lambda g: g * math.inf)
+    line = rl_step(model, model.setup_optimizer(), rollouts, 1.0, 8, 0, scaler)
+    assert line['grad_scale'] == 512 and line['skipped_steps'] == 1 and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_recipe_for_gsm8k(shared_data, base_directory, monkeypatch):
+    """`--task gsm8k` alone is the public recipe, on the real problems; without the data the command is named."""
+    import shutil
+    from nanochat.tasks.common import hub_folder
+    save_checkpoint(init_run(run_dir('sft', 'd2'), {}, TOK), 7, tiny(random=True, sequence_len=64))
+    with pytest.raises(UserError, match='gsm8k is not on this machine; type: python -m nanochat.tasks.common gsm8k'): chat_rl(ChatRLConfig(task='gsm8k'))
+    for split in ('train', 'test'): shutil.copytree(shared_data/'hub'/'openai'/'gsm8k'/'main'/split, hub_folder('openai/gsm8k', 'main', split))
+    r, done = rl.prepare(rl.with_recipe(ChatRLConfig(task='gsm8k', eval_problems=400)), torch.device('cpu'), 0.0)
+    assert not done and (len(r.train_task), len(r.test_task)) == (7473, 400) and r.cfg.num_iterations == 7473 // 16
+    assert r.cfg.num_samples == 16 and r.cfg.init_lr_frac == .05 and r.sampling == dict(max_tokens=256, temperature=1.0, top_k=50, batch_size=128)
+    result = chat_rl(ChatRLConfig(task='gsm8k', num_iterations=2, examples_per_step=2, num_samples=3, max_new_tokens=6, eval_problems=3, eval_samples=2, fresh=True))
+    rows = [row for row in read_jsonl(r.run/'metrics.jsonl') if 'pass@2' in row]
+    assert [row['step'] for row in rows] == [0, 2] and {'pass@1_before', 'pass@2_after', 'accuracy_after'} <= set(result)
 
 
 def test_minutes_decide_the_length_once(vowels, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded', 'merged',
-           'policy_gradient', 'chosen_tokens', 'rl_step', 'rate_at', 'pass_at_k', 'evaluate_policy', 'ChatRLConfig',
+           'policy_gradient', 'chosen_tokens', 'rl_step', 'rate_at', 'evaluate_policy', 'ChatRLConfig', 'with_recipe',
            'check_settings', 'RLRun', 'one_update', 'due', 'evaluated', 'improve', 'deciding', 'optimizer_of',
            'updates_within', 'prepare', 'summary', 'chat_rl', 'main']
 
@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint_manager import init_run, load_model, newest_tag, run_dir, save_checkpoint, settle_run
-from ..common import Progress, UserError, append_jsonl, atomic_write, cli, detect_device, distributed, get_ranks, peak_memory_bytes, print0, read_jsonl
+from ..checkpoint_manager import find_run, init_run, load_model, run_dir, save_checkpoint, settle_run
+from ..common import Progress, UserError, append_jsonl, atomic_write, cli, compute_dtype, detect_device, distributed, get_ranks, peak_memory_bytes, print0, read_jsonl
 from ..engine import Engine
+from ..grad_scale import GradScaler, scaler_for
 from ..report import log_result, show_again
-from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task
+from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task, need_task_data, pass_rates, sample_task
 from ..tasks.common import Task
+from ..tasks.humaneval import pass_at_k
+from ..trackers import Tracker, check_tracker, tracking
 from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, iterations_for, resume, sum_gradients, trim_metrics
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #69d15ff0
@@ -89,14 +92,14 @@ def merged(rollouts: list[Rollout]) -> list[Rollout]:
     return sorted(found, key=lambda r: len(r.ids))
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #ac35d403
-def policy_gradient(model: torch.nn.Module, rollouts: list[Rollout], tokens: float, batch_size: int) -> float:
-    "Add the gradient of `-sum(advantage * log p) / tokens` over all chosen tokens, `batch_size` answers at a time; returns that sum."
+def policy_gradient(model: torch.nn.Module, rollouts: list[Rollout], tokens: float, batch_size: int, scale: float = 1.0) -> float:
+    "Add `scale` times the gradient of `-sum(advantage * log p) / tokens` over all chosen tokens, `batch_size` answers at a time; returns that sum."
     useful, total, device = merged(rollouts), 0.0, next(model.parameters()).device
     for start in range(0, len(useful), batch_size):
         x, y, advantage = padded(useful[start:start + batch_size], device)
         nll = model(x, y, loss_reduction='none').view(y.shape)  # (B, T): -log p, 0 where nothing was chosen
         loss = (nll * advantage).sum() / tokens
-        loss.backward()
+        (loss if scale == 1 else loss * scale).backward()
         total += loss.item()
     return total
 
@@ -105,57 +108,53 @@ def chosen_tokens(rollouts: list[Rollout]) -> int:
     return sum(sum(r.mask) for r in rollouts)
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #018a5fdd
-def rl_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], rate: float, batch_size: int, step: int) -> dict[str, float]:
+def rl_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rollouts: list[Rollout], rate: float, batch_size: int, step: int,
+            scaler: GradScaler | None = None) -> dict[str, float]:
     "One update from this rank's `rollouts`, all rates times `rate`. Returns what to log. Raises before weights change if the loss is not finite."
     device, n = next(model.parameters()).device, len(rollouts)
+    scaler = scaler or scaler_for(compute_dtype(device))
     spread = sum(abs(r.advantage) > 1e-9 for r in rollouts)
     tokens, reward, n, spread = all_sum(chosen_tokens(rollouts), sum(r.reward for r in rollouts), n, spread, device=device)
-    loss, = all_sum(policy_gradient(model, rollouts, max(tokens, 1), batch_size), device=device)
+    loss, = all_sum(policy_gradient(model, rollouts, max(tokens, 1), batch_size, scaler.factor), device=device)
     for g in optimizer.param_groups: g['lr'] = g['initial_lr'] * rate
     check_finite(loss, step, None, rate, next(model.parameters()).dtype)
     sum_gradients(model)
-    if spread: optimizer.step()
+    if spread: scaler.step(optimizer)
     model.zero_grad(set_to_none=True)
-    return dict(loss=loss, reward=reward / n, tokens=tokens, answer_tokens=tokens / n, useful=spread / n, lr=rate)
+    line = dict(loss=loss, reward=reward / n, tokens=tokens, answer_tokens=tokens / n, useful=spread / n, lr=rate)
+    return line | (dict(grad_scale=scaler.scale, skipped_steps=scaler.skipped) if scaler.enabled else {})
 
 def rate_at(step: int, num_iterations: int, start: float) -> float:
     "The multiplier of all rates: `start`, falling linearly to 0."
     return start * (1 - step / num_iterations)
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #217513b3
-def pass_at_k(n: int, c: int, k: int) -> float:
-    "The chance that k of n answers, drawn without replacement, hold one of the c right ones."
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
 def evaluate_policy(engine: Engine, task: Task, *, max_problems: int, num_samples: int, max_tokens: int, temperature: float, top_k: int, seed: int, batch_size: int) -> dict[str, float]:
     "On held-out questions: accuracy and mean reward at temperature 0, mean reward and pass@k of `num_samples` sampled answers."
-    best = evaluate_task_generative(task, engine, max_problems=max_problems, max_tokens=max_tokens, batch_size=batch_size)
-    mean = lambda values: sum(values) / max(len(values), 1)
-    out = dict(eval_reward=mean([r['reward'] for r in best]), eval_accuracy=accuracy(best))
-    runs = [evaluate_task_generative(task, engine, max_problems=max_problems, max_tokens=max_tokens, batch_size=batch_size, temperature=temperature, top_k=top_k,
-                                     seed=subseed(seed, s)) for s in range(num_samples)]
-    right = [sum(r['correct'] for r in answers) for answers in zip(*runs)]
-    if runs: out['sampled_reward'] = mean([r['reward'] for run in runs for r in run])
-    for k in (1, 2, 4, 8, 16, 32):
-        if k <= num_samples: out[f'pass@{k}'] = mean([pass_at_k(num_samples, c, k) for c in right])
-    return out
+    settings = dict(max_problems=max_problems, max_tokens=max_tokens, batch_size=batch_size)
+    best = evaluate_task_generative(task, engine, **settings)
+    out = dict(eval_reward=sum(r['reward'] for r in best) / max(len(best), 1), eval_accuracy=accuracy(best))
+    if not num_samples: return out
+    drawn = sample_task(task, engine, num_samples, temperature=temperature, top_k=top_k, seed=seed, **settings)
+    return out | pass_rates(drawn, [k for k in (1, 2, 4, 8, 16, 32) if k <= num_samples])
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #4dbc9b0a
 @dataclass
 class ChatRLConfig:
     "Improve a fine-tuned model on one verifiable task."
-    task: str = 'arithmetic3'  # one that fine-tuning left unfinished
-    source: str = 'sft'  # the stage to start from: base, mid, sft or rl
+    task: str = 'arithmetic3'  # one that fine-tuning left unfinished; gsm8k for a model of the hub's mixture
+    source: str = 'sft'  # the stage to start from: base, mid, sft, rl, or public (see path)
+    path: str = ''  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str | None = None  # its run; the deepest if left out. The new run gets the same name
     step: int | None = None  # which of its checkpoints; the newest if left out
-    num_iterations: int = 60  # updates
+    num_iterations: int | None = None  # updates; None: 60, or for a set of the hub one pass over its training questions
     minutes: float | None = None  # or as many updates as fit into so many minutes, evaluations included
-    examples_per_step: int = 24  # questions per update, over all ranks
+    examples_per_step: int | None = None  # questions per update, over all ranks; None: 24, for a set of the hub 16
     num_samples: int = 16  # answers per question
-    max_new_tokens: int | None = None  # longest answer; the task knows a good value
+    max_new_tokens: int | None = None  # longest answer; None: as the task says, 256 at most
     temperature: float = 1.0  # of the sampled answers
     top_k: int = 50  # of the sampled answers; 0 considers every token
-    init_lr_frac: float = 0.1  # all of the following rates start at this share of their values
+    init_lr_frac: float | None = None  # all of the following rates start at this share of their values; None: 0.1, for a set of the hub 0.05
     embedding_lr: float = 0.03  # of the embeddings, a tenth of pretraining's
     unembedding_lr: float = 0.008  # of the head
     matrix_lr: float = 0.02  # of the matrices
@@ -168,6 +167,7 @@ class ChatRLConfig:
     eval_samples: int = 8  # sampled answers per held-out question, for pass@k
     save_every: int = 0  # updates between checkpoints; 0: only the last
     seed: int = 42  # of questions and answers
+    tracker: str = 'none'  # where the metrics also go: none, trackio, wandb or mlflow
     device: str | None = None  # cpu, cuda or mps; the best there is if left out
     resume: bool = False  # go on with the run that is there, whatever its settings
     fresh: bool = False  # begin again, in place of the run that is there
@@ -176,8 +176,15 @@ RANGES = {**dict.fromkeys('num_iterations examples_per_step max_new_tokens train
           **dict.fromkeys('top_k eval_samples save_every'.split(), ('0 or more', lambda v: v >= 0)),
           **dict.fromkeys('init_lr_frac embedding_lr unembedding_lr matrix_lr scalar_lr'.split(), ('a number from 0 up', lambda v: 0 <= v < math.inf))}
 
+def with_recipe(cfg: ChatRLConfig) -> ChatRLConfig:
+    "The settings with what was left open filled in: for the small tasks what `dev/LOG.md` found best, for those of the hub the recipe of the big run."
+    hub = cfg.task in TASKS and TASKS[cfg.task].hub
+    usual = dict(examples_per_step=16 if hub else 24, init_lr_frac=.05 if hub else .1, **({} if hub else dict(num_iterations=60)))
+    return dataclasses.replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
+
 def check_settings(cfg: ChatRLConfig, world_size: int = 1) -> None:
     "Raise `UserError` for settings that cannot work, before any work begins."
+    check_tracker(cfg.tracker)
     if cfg.task not in TASKS: raise UserError(f"there is no task '{cfg.task}'; use one of: {', '.join(TASKS)}")
     if TASKS[cfg.task].chance: raise UserError(f"'{cfg.task}' is multiple choice, which is not sampled; use one of: {', '.join(n for n, s in TASKS.items() if not s.chance)}")
     if cfg.minutes is not None and not cfg.minutes > 0: raise UserError(f'{cfg.minutes:g} minutes is too short; give --minutes 1 or more')
@@ -186,6 +193,7 @@ def check_settings(cfg: ChatRLConfig, world_size: int = 1) -> None:
     for name, (words, inside) in RANGES.items():
         value = getattr(cfg, name)
         if value is not None and not inside(value): raise UserError(f"{name} {value:g} is out of range; --{name.replace('_', '-')} takes {words}")
+    need_task_data([cfg.task], '--task', ('train', 'test'))
     if cfg.examples_per_step % world_size:
         raise UserError(f'{cfg.examples_per_step} examples per step do not divide over {world_size} processes; give --examples-per-step {-(-cfg.examples_per_step // world_size) * world_size}')
 
@@ -201,23 +209,31 @@ class RLRun:
     train_task: Task
     test_task: Task
     meta: dict[str, Any]
+    scaler: GradScaler = dataclasses.field(default_factory=lambda: GradScaler(enabled=False))
+    tracker: Tracker = Tracker()
 
     @property
     def sampling(self) -> dict[str, Any]:
         "How answers are drawn."
         c = self.cfg
-        return dict(max_tokens=c.max_new_tokens or TASKS[c.task].max_tokens, temperature=c.temperature, top_k=c.top_k, batch_size=c.rollout_batch_size)
+        return dict(max_tokens=c.max_new_tokens or min(TASKS[c.task].max_tokens, 256), temperature=c.temperature, top_k=c.top_k, batch_size=c.rollout_batch_size)
 
     def evaluate(self, step: int) -> dict[str, float]:
         "Evaluate on held-out questions and log it. Draws the same numbers at every step, so that steps compare."
         with as_if_unobserved(self.model):
             values = evaluate_policy(self.engine, self.test_task, max_problems=self.cfg.eval_problems, num_samples=self.cfg.eval_samples, seed=self.cfg.seed, **self.sampling)
-        if get_ranks().is_main: append_jsonl(self.run/'metrics.jsonl', dict(step=step) | values)
+        self.log(dict(step=step) | values)
         return values
+
+    def log(self, line: dict[str, Any]) -> None:
+        "Append a line to the metrics, and tell the tracker."
+        if get_ranks().is_main: append_jsonl(self.run/'metrics.jsonl', line)
+        self.tracker.log(line)
 
     def save(self, step: int, seconds: float) -> None:
         "Write a checkpoint."
-        save_checkpoint(self.run, step, self.model, self.optimizer, self.meta | dict(seconds=seconds, num_iterations=self.cfg.num_iterations), keep=2)
+        scaler = dict(scaler=self.scaler.state_dict()) if self.scaler.enabled else {}
+        save_checkpoint(self.run, step, self.model, self.optimizer, self.meta | scaler | dict(seconds=seconds, num_iterations=self.cfg.num_iterations), keep=2)
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #d49fb90f
 def one_update(r: RLRun, step: int, seconds: float) -> tuple[float, float]:
@@ -226,10 +242,10 @@ def one_update(r: RLRun, step: int, seconds: float) -> tuple[float, float]:
     mine = questions_of(step, cfg.examples_per_step, len(r.train_task), cfg.seed)[ranks.rank::ranks.world_size]
     rollouts = roll_out(r.engine, r.train_task, mine, seed=subseed(cfg.seed, step), num_samples=cfg.num_samples, **r.sampling)
     drawn = time.perf_counter() - start
-    line = rl_step(r.model, r.optimizer, rollouts, rate_at(step, cfg.num_iterations, cfg.init_lr_frac), cfg.device_batch_size, step)
+    line = rl_step(r.model, r.optimizer, rollouts, rate_at(step, cfg.num_iterations, cfg.init_lr_frac), cfg.device_batch_size, step, r.scaler)
     spent = time.perf_counter() - start
     line |= dict(tok_per_sec=round(line['tokens'] / spent, 1), rollout_seconds=round(drawn, 3), seconds=round(seconds + spent, 3), memory=peak_memory_bytes(next(r.model.parameters()).device))
-    if ranks.is_main: append_jsonl(r.run/'metrics.jsonl', dict(step=step + 1) | line)
+    r.log(dict(step=step + 1) | line)
     return line['reward'], seconds + spent
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #289a0045
@@ -245,6 +261,7 @@ def improve(r: RLRun) -> float:
     "Run from the newest checkpoint, or the start, to the last update; returns the seconds spent on updates. Saves before it evaluates."
     state, cfg, asked = resume(r.run, r.model, r.optimizer), r.cfg, False
     step, seconds = (state.step, state.seconds) if state else (0, 0.0)
+    r.scaler = (state.scaler if state else None) or scaler_for(compute_dtype(next(r.model.parameters()).device))
     if step: print0(f'{r.run.name}: going on after step {step} of {cfg.num_iterations}')
     if get_ranks().is_main: trim_metrics(r.run/'metrics.jsonl', step)  # updates after the last checkpoint come again
     if due(step, cfg) and not evaluated(r.run, step): r.evaluate(step)
@@ -263,7 +280,7 @@ def improve(r: RLRun) -> float:
 # %% ../../nbs/scripts/06_chat_rl.ipynb #51a2759a
 def deciding(cfg: ChatRLConfig, parent: dict[str, Any]) -> dict[str, Any]:
     "The settings that decide a run's result, and the weights it starts from."
-    apart = ('device', 'resume', 'fresh', 'model_tag', 'step', *(['num_iterations'] if cfg.minutes else []))
+    apart = ('device', 'resume', 'fresh', 'model_tag', 'step', 'path', 'tracker', *(['num_iterations'] if cfg.minutes else []))
     weights = parent.get('files', {}).get('model.safetensors', {}).get('sha256')
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in apart} | dict(start_step=parent['step'], start_weights=weights)
 
@@ -290,14 +307,16 @@ def updates_within(r: RLRun, start: float) -> int:
     return iterations_for(cfg.minutes * 60 - (time.perf_counter() - start) - 2 * evaluation, update)
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #6020d324
-def prepare(cfg: ChatRLConfig, device: torch.device, tag: str, start: float) -> tuple[RLRun, bool]:
+def prepare(cfg: ChatRLConfig, device: torch.device, start: float) -> tuple[RLRun, bool]:
     "Load the model, open or settle the run; whether it is finished already."
-    model, tokenizer, parent = load_model(cfg.source, device, 'train', tag, cfg.step)
+    tag = find_run(cfg.source, cfg.model_tag, cfg.path or None).name
+    model, tokenizer, parent = load_model(cfg.source, device, 'train', cfg.model_tag or (None if cfg.path else tag), cfg.step, cfg.path or None)
+    if cfg.num_iterations is None: cfg = dataclasses.replace(cfg, num_iterations=max(1, len(make_task(cfg.task, 'train', cfg.train_size)) // cfg.examples_per_step))
     run, wanted = run_dir('rl', tag), deciding(cfg, parent)
     stored = settle_run(run, wanted, cfg.resume, cfg.fresh)
     if stored is not None: cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(cfg) if f.name in stored})
-    meta = dict(task=cfg.task, parent=f"{cfg.source}/{tag}", parent_step=parent['step'])
     tasks = make_task(cfg.task, 'train', cfg.train_size), make_task(cfg.task, 'test', cfg.eval_problems)
+    meta = dict(task=cfg.task, parent=f"{cfg.source}/{tag}", parent_step=parent['step'])
     r = RLRun(cfg, run, model, optimizer_of(model, cfg), Engine(model, tokenizer, 'compute'), *tasks, meta)
     if stored is not None: return r, finished(run) is not None
     if cfg.minutes: r.cfg = dataclasses.replace(cfg, num_iterations=updates_within(r, start))
@@ -316,16 +335,18 @@ def summary(r: RLRun, update_seconds: float) -> dict[str, Any]:
 # %% ../../nbs/scripts/06_chat_rl.ipynb #75e5c38f
 def chat_rl(cfg: ChatRLConfig) -> dict[str, Any]:
     "Run the stage, or find it finished; returns held-out reward, accuracy and pass@k before and after. Checkpoints and metrics go to the run directory."
+    cfg = with_recipe(cfg)
     check_settings(cfg, get_ranks().world_size)
     device, start = detect_device(cfg.device), time.perf_counter()
     with distributed(device):
-        r, done = prepare(cfg, device, cfg.model_tag or newest_tag(cfg.source), start)
+        r, done = prepare(cfg, device, start)
         if done:
             show_again('chat_rl', finished(r.run))
             print0(f'chat_rl: {r.run} is finished; --fresh begins again')
             return finished(r.run)
         print0(f'chat_rl: {r.cfg.num_iterations} updates on {r.cfg.task}, {r.cfg.examples_per_step} questions x {r.cfg.num_samples} answers each; metrics and checkpoints go to {r.run}')
-        result = summary(r, improve(r)) | dict(seconds=round(time.perf_counter() - start, 2))
+        with tracking(cfg.tracker, r.run, dataclasses.asdict(r.cfg), f'chatrl-{r.run.name}') as r.tracker: seconds = improve(r)
+        result = summary(r, seconds) | dict(seconds=round(time.perf_counter() - start, 2))
         if get_ranks().is_main:
             log_result('chat_rl', result)
             atomic_write(r.run/'result.json', json.dumps(result, indent=1))
