@@ -130,7 +130,7 @@ class PowerLaw:
 def fit_power(flops: Sequence[float], values: Sequence[float], draws: np.ndarray | None = None) -> PowerLaw:
     "A line in log-log; `draws` (R, budgets) are the values of R repetitions, for the error bar. Raises `UserError` with a single budget."
     x = np.log(np.asarray(flops, dtype=float))
-    if len(x) < 2 or np.ptp(x) == 0: raise UserError('an exponent needs two budgets or more; run another with --target-flops')
+    if len(x) < 2 or np.ptp(x) == 0: raise UserError('an exponent needs two different budgets or more')
     slope = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     exponent, level = float(slope @ np.log(values)), float(np.mean(np.log(values)))
     law = PowerLaw(exponent, math.exp(level - exponent * x.mean()))
@@ -176,6 +176,7 @@ def bootstrap(valleys: Sequence[Valley], rest: np.ndarray, repeats: int, seed: i
 def fit_isoflop(points: Sequence[Point], repeats: int = 1000, seed: int = 0) -> IsoFlopFit:
     "Fit a parabola per budget and powers of compute to their bottoms, with error bars. Raises `UserError` for too few budgets or sizes."
     valleys = tuple(fit_valley(g) for g in by_budget(points))
+    if len(valleys) < 2: raise UserError('an exponent needs two budgets or more; run another with --target-flops')
     flops, best, horizon = ([getattr(v, k) for v in valleys] for k in ('flops', 'params', 'tokens'))
     rest = leftovers(valleys)
     sizes, tokens = bootstrap(valleys, rest, repeats, seed) if rest is not None else (None, None)
@@ -280,14 +281,15 @@ class ScalingLawsConfig:
     base: str = ''  # base directory; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
 
 def fit_what_is_there(points: Sequence[Point], repeats: int = 1000) -> tuple[IsoFlopFit | None, list[str]]:
-    "The fit over all budgets that have a valley, and a sentence for each one that has none; None with fewer than two."
+    "The fit over all budgets whose valley has its bottom among the models tried, and a sentence for each other one; None with fewer than two."
     good, remarks = [], []
     for group in by_budget(points):
-        try: fit_valley(group)
-        except UserError as e: remarks.append(str(e))
-        else: good += group
+        try: valley = fit_valley(group)
+        except UserError as e: remarks.append(str(e)); continue
+        if valley.inside: good += group
+        else: remarks.append(f"the bottom at {valley.flops:.3g} FLOPs lies {'below the smallest' if valley.params < valley.points[0].params else 'above the largest'} model tried, so it is left out; add models on that side")
     if len(by_budget(good)) >= 2: return fit_isoflop(good, repeats), remarks
-    return None, remarks + ['an exponent needs two budgets with a valley']
+    return None, remarks + ['an exponent needs two budgets with a valley among the models tried']
 
 # %% ../../nbs/scripts/15_scaling_laws.ipynb #fbadb041
 def write_figure(path: Path, fig: Any) -> None:
