@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .common import UserError, atomic_dir, atomic_file, atomic_write, base_dir, environment, get_ranks
+from .common import UserError, atomic_dir, atomic_file, atomic_write, base_dir, detect_device, environment, get_ranks
 from .common import require_space, sha256_file, temporary_name
 from .gpt import VE_CHANNELS, GPT, GPTConfig, pad_to
 from .optim import merged_state
@@ -395,12 +395,12 @@ def results_dir(source: str, run: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-def load_model(source: str, device: torch.device | str, phase: str = 'eval', model_tag: str | None = None, step: int | None = None,
+def load_model(source: str, device: torch.device | str | None = None, phase: str = 'eval', model_tag: str | None = None, step: int | None = None,
                path: Path | str | None = None) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """Model, tokenizer and meta of a stage (base, mid, sft, rl): the deepest run and its newest step unless told otherwise.
 
     Source public: of the directory `path`, which somebody made with the public nanochat."""
-    return build_model(find_run(source, model_tag, path), step_of(path, step), torch.device(device), phase)
+    return build_model(find_run(source, model_tag, path), step_of(path, step), torch.device(device or detect_device()), phase)
 
 # %% ../nbs/08_checkpoint_manager.ipynb #37486e7d
 def public_meta(path: Path) -> dict[str, Any]:

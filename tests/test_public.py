@@ -1,13 +1,14 @@
 """Checkpoints of the public nanochat, loaded by path: any depth and layout, older ones, damaged ones, and pickles that want to run code."""
-import copyreg, dataclasses, importlib, json, os, pickle, shutil, struct
+import copyreg, dataclasses, importlib, json, os, pickle, pkgutil, shutil, struct, sys
 
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
 
+import nanochat.scripts
 from nanochat import checkpoint_manager as cm
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_config
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, SPECIAL_TOKENS, SPLIT_PATTERN
@@ -91,11 +92,12 @@ def facts_config(source): return json.loads((source/'base_checkpoints'/'d4'/'met
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
-def test_any_shape(fp32, tmp_path, tokenizer, ids, shape, prefix):
+def test_any_shape(fp32, tmp_path, monkeypatch, tokenizer, ids, shape, prefix):
     model = random_model(shape=shape)
     run = write_public(tmp_path/'base_checkpoints'/f'd{model.config.n_layer}', model, tokenizer, prefix=prefix)
     before = files(tmp_path)
-    loaded, tok, meta = cm.load_model('public', 'cpu', path=str(run))
+    monkeypatch.setenv('NANOCHAT_DEVICE', 'cpu')
+    loaded, tok, meta = cm.load_model(source='public', path=str(run))
     assert torch.equal(loaded(ids), model(ids)) and meta['step'] == 10 and loaded.config == model.config
     assert tok.fingerprint() == tokenizer.fingerprint() and files(tmp_path) == before, 'loading wrote into the directory'
 
@@ -401,3 +403,40 @@ def test_results_about_a_public_model_stay_out_of_its_directory(tmp_path, tokeni
     own = cm.init_run(cm.run_dir('base', 'd1'), {}, tokenizer)
     cm.save_checkpoint(own, 1, random_model(shape='one layer'))
     assert cm.find_run('base') == own and cm.results_dir('base', own) == own
+
+
+# The commands.
+
+def commands():
+    """Scripts whose command line chooses a trained model by its stage, with their settings."""
+    for m in sorted(m.name for m in pkgutil.iter_modules(nanochat.scripts.__path__)):
+        module = importlib.import_module(f'nanochat.scripts.{m}')
+        for cls in vars(module).values():
+            if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__ and {'source', 'model_tag'} <= set(cls.__dataclass_fields__): yield m, cls
+
+
+COMMANDS = dict(commands())
+
+
+def test_the_commands_are_found(): assert {'base_eval', 'chat_cli', 'chat_web', 'chat_eval', 'infer_bench', 'chat_rl', 'mid_train', 'export_hf'} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize('script', COMMANDS)
+def test_every_command_with_a_source_takes_a_path(script):
+    if 'path' not in COMMANDS[script].__dataclass_fields__: pytest.skip(f'{script} has no --path yet')
+    cfg = parse_config(COMMANDS[script], ['--source', 'public', '--path', 'some/where'])
+    assert cfg.source == 'public' and cfg.path == 'some/where'
+
+
+def test_chat_in_the_terminal(shared_data, fp32, tmp_path, monkeypatch, capsys):
+    """A public model answers from the command line, greedily, what the reference answered; its directory stays as it was."""
+    chat_cli = importlib.import_module('nanochat.scripts.chat_cli')
+    if 'path' not in chat_cli.ChatConfig.__dataclass_fields__: pytest.skip('chat_cli has no --path yet')
+    run = shared_data/'reference'/'base_checkpoints'/'d4'
+    before = files(shared_data/'reference')
+    monkeypatch.setattr(sys, 'argv', ['chat_cli', '--source', 'public', '--path', str(run), '-p', 'Hello', '--temperature', '0', '--max-tokens', '8', '--device', 'cpu'])
+    chat_cli.main()
+    assert capsys.readouterr().out and files(shared_data/'reference') == before
+    monkeypatch.setattr(sys, 'argv', ['chat_cli', '--source', 'public', '--path', str(tmp_path), '-p', 'Hello'])
+    with pytest.raises(SystemExit) as e: chat_cli.main()
+    assert e.value.code == 2 and 'not a checkpoint directory' in capsys.readouterr().err
