@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAX_FRAME', 'MAX_NOTEBOOK', 'strip_solutions', 'source_of', 'read_notebook', 'student_notebook', 'assignments_dir',
            'assignment_names', 'find_one', 'make_students', 'pack', 'Counted', 'unpack', 'Gone', 'send', 'receive',
-           'code_cells', 'run_cell', 'MatmulCounter', 'Guest', 'guest_call', 'guest_serve', 'guest_main', 'Limits',
-           'Nursery', 'StudentError', 'Reply', 'Remote', 'Student', 'start', 'serve_asks', 'read_reply', 'request',
-           'Row', 'run_tests', 'Grade', 'grade_lines', 'grade_cells', 'grade_notebook', 'tests_hash', 'result_of',
-           'grade_for_student', 'submissions', 'grade_row', 'read_grades', 'write_grades', 'grade_all', 'grade_command',
-           'main']
+           'code_cells', 'run_cell', 'MatmulCounter', 'Guest', 'guest_call', 'alarm', 'guest_serve', 'guest_main',
+           'Limits', 'Nursery', 'StudentError', 'Reply', 'Remote', 'Student', 'start', 'serve_asks', 'read_reply',
+           'request', 'Row', 'run_tests', 'Grade', 'grade_lines', 'grade_cells', 'grade_notebook', 'tests_hash',
+           'result_of', 'grade_for_student', 'submissions', 'grade_row', 'read_grades', 'write_grades', 'grade_all',
+           'grade_command', 'main']
 
 # %% ../nbs/20_grade.ipynb #9339a21e
 import argparse, ast, base64, csv, functools, hashlib, inspect, json, marshal, os, platform, random, re, select, signal, socket, subprocess, sys, tempfile, time, traceback, types
@@ -255,30 +255,38 @@ def guest_call(guest: Guest, request: dict) -> dict:
     if request['after']: reply['after'] = pack(args, guest.keep)
     return reply
 
-def guest_serve(guest: Guest) -> None:
+def alarm(seconds: float) -> None:
+    "End this process after so many more seconds of processor time; 0: no longer. A busy machine does not count against a student."
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+def guest_serve(guest: Guest, seconds: float) -> None:
     "Answer requests until the pipe closes."
     while True:
         request = receive(guest.fd)
+        alarm(seconds)
         try: reply = guest_call(guest, request)
         except BaseException as e: reply = _described(e)
+        alarm(0)
         send(guest.fd, reply)
 
-def guest_main(fd: int, cells: list[str], skip: list[int]) -> None:
+def guest_main(fd: int, cells: list[str], skip: list[int], seconds: float) -> None:
     "Run the cells, saying before each which one comes, and serve."
     guest, failed = Guest(fd), {}
     for number, source in enumerate(cells, 1):
         if number in skip or not source.strip(): continue
         send(fd, dict(cell=number))
+        alarm(seconds)
         if (error := run_cell(number, source, vars(guest.module))): failed[number] = error
+    alarm(0)
     send(fd, dict(ready=list(failed.items())))
-    guest_serve(guest)
+    guest_serve(guest, seconds)
 
 # %% ../nbs/20_grade.ipynb #b4194b74
 @dataclass(frozen=True)
 class Limits:
     "What a submission may use."
-    call_seconds: float = 10.0         # one call of one function, or one cell
-    total_seconds: float = 120.0       # a whole submission
+    call_seconds: float = 10.0         # of processor time: one call of one function, or one cell; of waiting, three times as much
+    total_seconds: float = 180.0       # a whole submission, by the clock
     memory_bytes: int = 2**30          # beyond what Python and PyTorch take themselves
     sandbox: bool = False              # behind the walls of `nanochat.execution`
     i_understand: bool = False         # also where these walls cannot be had
@@ -340,7 +348,7 @@ def _child(fd: int) -> None:
         limits = Limits(**job['limits'])
         if limits.sandbox: _wall_in(fd, limits)
         else: _limit_memory(limits)
-        guest_main(fd, job['cells'], job['skip'])
+        guest_main(fd, job['cells'], job['skip'], limits.call_seconds)
     except Gone: pass                                        # the grading process hung up
     except BaseException as e: send(fd, dict(broken=_described(e)))
     os._exit(0)
@@ -444,7 +452,7 @@ class Student:
         return lambda *args, **kwargs: self.request(name, *args, **kwargs).value
 
     def _deadline(self) -> float:
-        return min(time.monotonic() + self.limits.call_seconds, self.end_time)
+        return min(time.monotonic() + 3 * self.limits.call_seconds, self.end_time)
 
     def _found(self, kind: str, value: Any) -> Remote:
         if kind != 'object' or type(value[0]) is not int: raise ValueError(kind)
@@ -470,19 +478,19 @@ def start(student: Student) -> None:
         if time.monotonic() >= student.end_time: raise StudentError('time', f'the {student.limits.total_seconds:g} seconds for this notebook are used up')
         if len(student.skip) > 4: raise StudentError('gone', 'five cells of the notebook end the Python that runs them; see the list of broken cells')
         student.pid, student.fd = student.nursery.spawn()
-        cell = None
+        cell, began = None, time.monotonic()
         try:
             send(student.fd, dict(cells=student.cells, skip=student.skip, limits=asdict(student.limits)))
             while 'ready' not in (message := receive(student.fd, student._deadline())):
                 if 'refuse' in message: raise execution._refusal(message['refuse'])
                 if 'broken' in message: raise Gone(str(message['broken'])[:500])
-                cell = message.get('cell', cell)
+                cell, began = message.get('cell', cell), time.monotonic()
             student.failed |= {int(n): f"{e['error']}: {e['message'][:200]}" for n, e in message['ready']}
         except (TimeoutError, Gone, OSError, KeyError, TypeError, ValueError, AttributeError) as e:
             student.close()
             if type(cell) is not int or cell in student.skip: raise StudentError('gone', f'the notebook could not be started: {e}') from e
             student.skip.append(cell)
-            student.failed[cell] = f'still running after {student.limits.call_seconds:g} s' if isinstance(e, TimeoutError) else 'it ended the Python that ran it'
+            student.failed[cell] = f'still running after {student.limits.call_seconds:g} s' if time.monotonic() - began > student.limits.call_seconds else 'it ended the Python that ran it'
         except UserError:
             student.close()
             raise
@@ -515,17 +523,19 @@ def request(self: Student, name: str, *args: Any, object: int | None = None, get
     if name in self.hung: raise StudentError('time', f'{name} did not come back before; it is not called again')
     start(self)
     message = dict(name=name, object=object, get=get, grad=list(grad), after=after, args=pack(list(args), self._keep), kwargs=pack(kwargs, self._keep))
+    began = time.monotonic()
     try:
         send(self.fd, message)
         return read_reply(self, name, serve_asks(self))
-    except TimeoutError:
+    except (Gone, OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as e:  # TimeoutError is an OSError
         self.hung.add(name)
         self.close()
-        raise StudentError('time', f'{name} was still running after {self.limits.call_seconds:g} s: an endless loop, or work that grows too fast') from None
-    except (Gone, OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as e:
-        self.hung.add(name)
-        self.close()
-        raise StudentError('gone', f'{name} ended the Python that ran it, or answered what cannot be read ({e})') from None
+        raise _ended(name, time.monotonic() - began, self.limits, e) from None
+
+def _ended(name: str, seconds: float, limits: Limits, e: Exception) -> StudentError:
+    "What to say of a call that the guest did not survive."
+    if seconds >= limits.call_seconds: return StudentError('time', f'{name} was still running after {limits.call_seconds:g} s: an endless loop, or work that grows too fast')
+    return StudentError('gone', f'{name} ended the Python that ran it, or answered what cannot be read ({e or type(e).__name__})')
 
 Student.request = request
 

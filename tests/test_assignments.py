@@ -50,6 +50,14 @@ def test_copy_scores_nothing(name, nursery):
 
 
 @each
+def test_doing_nothing_scores_nothing(name, nursery):
+    """Functions that return None, and change nothing, must not pass a test that only looks for harm."""
+    cells = [c.replace('raise NotImplementedError', 'return None') for c in code_cells(read_notebook(ROOT/master(name).name))]
+    grade = grade_cells(name, cells, nursery)
+    assert grade.points()[0] == 0, f'\n{grade}'
+
+
+@each
 def test_headings_and_marks_agree(name, nursery):
     """Each exercise opens with its points, difficulty, minutes and device, and the table at the top says the same."""
     exercises, source, module = constants(name)['EXERCISES'], text(name), ast.parse((ROOT/'tests'/f'test_{name}.py').read_text())

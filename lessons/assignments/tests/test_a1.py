@@ -87,7 +87,8 @@ def test_merges_from_the_left(student):
 @pytest.mark.points(1, exercise=2)
 def test_merge_leaves_its_input_alone(student):
     "merge returns a new list; the caller still needs the old one. Do you delete from the list you were given?"
-    assert student.request('merge', [1, 2, 3], (1, 2), 256, after=True).after[0] == [1, 2, 3]
+    reply = student.request('merge', [1, 2, 3], (1, 2), 256, after=True)
+    assert reply.value == [256, 3] and reply.after[0] == [1, 2, 3]
 
 
 # 3. Train

@@ -179,7 +179,7 @@ def test_write_stops(student):
 def test_write_calls(student):
     "n tokens need n calls: one for the prompt, then one for each token but the last, which nobody needs to read."
     model = Model()
-    student.write(model, [5, 6, 7], 6, best, -1)
+    assert student.write(model, [5, 6, 7], 6, best, -1) == continued([5, 6, 7], 6, -1)
     assert len(model.read) == 6, f'{len(model.read)} calls for 6 tokens'
     assert student.write(other := Model(), [5], 0, best, -1) == [] and len(other.read) <= 1
 
