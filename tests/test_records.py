@@ -1,0 +1,84 @@
+"""The records behind a score: found, filtered, shown; in a notebook without a browser, and where the widgets are missing."""
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.scripts import records as R
+
+
+def rec(i, correct, completion='said', **more):
+    return dict(index=i, question=f'question {i}?', prompt='', answer=f'truth {i}', completion=completion, correct=correct, reward=float(correct), **more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    rows = {'sums': [rec(0, 1), rec(1, 0, 'The answer is <b>7</b> | `x`'), rec(2, 0, samples=[dict(completion='zebra', correct=1, reward=1.0)])],
+            'code': [rec(0, 0, why='AssertionError'), rec(1, 1, '<|python_start|>1<2<|python_end|><|output_start|>1<|output_end|>so 1')]}
+    for task, lines in rows.items(): (tmp_path/f'eval_{task}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in lines))
+    return tmp_path
+
+
+def test_found_and_filtered(run):
+    records = R.load_records(run)
+    assert [(r['task'], r['index']) for r in records] == [('code', 0), ('code', 1), ('sums', 0), ('sums', 1), ('sums', 2)]
+    count = lambda **kw: len(R.select(records, **kw))
+    assert (count(), count(task='code'), count(verdict='right'), count(verdict='wrong'), count(verdict='within reach')) == (5, 2, 2, 3, 1)
+    assert count(search='zebra') == 1 and count(search='QUESTION 1') == 2 and count(task='code', search='zebra') == 0
+    assert len(R.load_records(run/'eval_sums.jsonl')) == 3
+
+
+def test_what_is_not_there_is_said(run, base_directory):
+    with pytest.raises(UserError, match='chat_eval'): R.load_records(run/'nowhere')
+    with pytest.raises(UserError, match='chat_sft'): R.load_records('sft')
+    (run/'eval_other.jsonl').write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match='no records'): R.load_records(run)
+
+
+def test_nothing_a_model_wrote_is_html(run):
+    """Neither in the card, nor in the tables, nor in the page; tool calls keep their shading."""
+    records = R.load_records(run)
+    cards = ''.join(map(R.record_html, records))
+    assert '<b>7</b>' not in cards and '&lt;b&gt;7&lt;/b&gt;' in cards and '1&lt;2</span>' in cards and 'AssertionError' in cards and '1 of 1 samples are right' in cards
+    assert '<b>7</b>' not in R.table_html(records)
+    line = next(l for l in R.table_markdown(records).splitlines() if '7' in l)
+    assert line.count(' | ') == 4 and '&lt;b>' in line and '\\|' in line and '\\`x' in line
+
+
+def test_browsing_without_a_browser(run):
+    pytest.importorskip('ipywidgets')
+    b = R.explore_records(run)
+    assert isinstance(b, R.RecordBrowser) and b.controls['task'].options == ('all', 'code', 'sums')
+    b.controls['verdict'].value = 'wrong'
+    assert '1 of 3, 0 of them right' in b.shown.value
+    b.buttons['previous'].click()
+    assert '3 of 3' in b.shown.value and 'question 2?' in b.shown.value
+    b.buttons['next'].click()
+    assert '1 of 3' in b.shown.value
+    b.controls['search'].value = 'nothing like it'
+    b.buttons['next'].click()
+    assert b.shown.value == '<p>No record fits these filters.</p>'
+    b.controls['search'].value, b.controls['verdict'].value = '', 'all'
+    bundle = b._repr_mimebundle_()
+    assert 'application/vnd.jupyter.widget-view+json' in bundle and bundle['text/html'].count('<tr>') == 6 and bundle['text/markdown'].startswith('| task |')
+
+
+def test_without_widgets_it_is_a_table(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    pages = R.explore_records(run)
+    assert type(pages) is R.Pages and pages._repr_html_().count('<tr>') == 6
+    pages.filter(task='sums')
+    pages.turn(1)
+    assert 'question 1?' in pages.page()
+
+
+def test_command_line(run, tmp_path):
+    ask = lambda *args: subprocess.run([sys.executable, '-m', 'nanochat.scripts.records', '--source', str(run), *args], capture_output=True, text=True)
+    done = ask('--verdict', 'within reach')
+    assert done.returncode == 0 and 'sums 2: within reach' in done.stdout and 'right: zebra' in done.stdout and '1 of 1 records' in done.stdout, done.stderr
+    done = ask('--html', str(tmp_path/'page.html'))
+    assert done.returncode == 0 and (tmp_path/'page.html').read_text().count('border-radius:6px') == 5
+    assert ask('--verdict', 'maybe').returncode == 2
