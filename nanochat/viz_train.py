@@ -372,7 +372,7 @@ def paper_runs(flops: float, depths: Sequence[int] = REAL_DEPTHS, vocab_size: in
     sizes = [(d, sized(d, vocab_size)) for d in depths]
     return [dict(depth=d, params=s.scaling, tokens=flops / s.flops_per_token, ratio=flops / s.flops_per_token / s.scaling) for d, s in sizes]
 
-def best_depth(flops: float, ratio: float = REAL_RATIO, depths: Sequence[int] = tuple(range(4, 41))) -> dict[str, float]:
+def best_depth(flops: float, ratio: float = REAL_RATIO, depths: Sequence[int] = tuple(range(4, 61))) -> dict[str, float]:
     "The depth whose tokens per parameter at this budget are nearest to `ratio`, by their quotient."
     return min(paper_runs(flops, depths), key=lambda r: abs(math.log(r['ratio'] / ratio)))
 
