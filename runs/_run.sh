@@ -14,18 +14,19 @@ help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
 
 # options "name name ..." "$@": --dry-run, --toy, --gpus N, --price P, and the named ones; --some-name VALUE sets some_name.
 options() {
-    local known=" gpus price $1 " flag name; shift
+    # printf -v, because the bash of macOS has no declare -g; the locals must not be called like a flag.
+    local _known=" gpus price $1 " _name; shift
     while [ $# -gt 0 ]; do
-        flag=$1 name=${1#--}; name=${name//-/_}
-        case $flag in
+        _name=${1#--}; _name=${_name//-/_}
+        case $1 in
             --dry-run) dry=1; shift; continue ;;
             --toy) toy=1; shift; continue ;;
             -h|--help) help ;;
         esac
-        case "$known" in
-            *" $name "*) [ $# -gt 1 ] || die "$flag needs a value; type: bash runs/$script.sh --help"
-                         declare -g "$name=$2"; shift 2 ;;
-            *) die "unknown flag $flag; there are --dry-run, --toy, and with a value:$(printf ' --%s' ${known//_/-})" ;;
+        case "$_known" in
+            *" $_name "*) [ $# -gt 1 ] || die "$1 needs a value; type: bash runs/$script.sh --help"
+                          printf -v "$_name" %s "$2"; shift 2 ;;
+            *) die "unknown flag $1; there are --dry-run, --toy, and with a value:$(printf ' --%s' ${_known//_/-})" ;;
         esac
     done
     [[ $gpus =~ ^([1-9][0-9]*)?$ ]] || die "--gpus takes a whole number from 1, not '$gpus'"

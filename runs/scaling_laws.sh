@@ -49,10 +49,12 @@ stage tokenizer "Tokenizer: $ids byte pairs from $characters characters"
 tokenizer "$corpus" "$ids" "$characters"
 [ $toy = 1 ] || run python -m nanochat.dataset climbmix --shards "$shards"
 
+row=0
 for budget in $budgets; do
+    row=$((row + 1))
     for depth in $depths; do
         tag=${name}_${budget}_d$depth
-        stage "train-$budget-$depth" "Budget $budget FLOPs, depth $depth"
+        stage "train$depth.$row" "Budget $budget FLOPs, depth $depth"
         if trained "$tag"; then [ "$node" != 0 ] || echo "$tag is there"
         else launch nanochat.scripts.base_train --depth "$depth" --target-flops "$budget" --corpus "$corpus" --model-tag "$tag" --device-batch-size "$(told "rows$depth")" --eval-every=-1 --keep 1 "${eval[@]}" ${shape[@]+"${shape[@]}"}; fi
     done

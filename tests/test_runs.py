@@ -101,8 +101,8 @@ def test_the_numbers_of_a_plan_are_the_packages(dry):
     for (depth, *_, steps), budget in zip([(int(r[0][1:]), r[6]) for r in rows], [c for c in (1e18, 2.15e18, 4.64e18, 1e19) for _ in range(6)]):
         p = plan_training(gpt_config(depth), device_batch_size=16, world_size=8, target_flops=budget)
         assert abs(int(steps.replace(',', '')) / p.num_iterations - 1) < .01 and abs(p.flops / budget - 1) < .01
-    narrated = [line for line in dry['miniseries'].splitlines() if re.match(r'\x1b\[1m\d+ +Depth', line)]
-    assert len(narrated) == 8 and all(re.search(r'tokens, about .*(min|h), \$', line) for line in narrated)
+    narrated = [line for name, words in (('miniseries', 'Depth'), ('scaling_laws', 'Budget')) for line in dry[name].splitlines() if re.match(rf'\x1b\[1m\d+ +{words}', line)]
+    assert len(narrated) == 8 + 24 and all(re.search(r'tokens, about .*(min|h), \$', line) for line in narrated)
 
 
 # What is refused

@@ -529,7 +529,9 @@ def plan_dict(p: Plan) -> dict[str, Any]:
 def script_lines(cfg: PlanConfig, p: Plan, m: Machine) -> str:
     "What a run script looks up: a key, a tab, and a value on each line."
     pairs = [(s.key, stage_line(s, p.hardware)) for s in p.stages] + [(f'rows{c.config.n_layer}', c.rows) for c in p.costs]
-    pairs += [(f'train{c.config.n_layer}', f'{human(c.plan.tokens)} tokens, about {duration(None if c.hours is None else 3600 * c.hours)}' + (f', {money(c.dollars)}' if c.dollars is not None else '')) for c in p.costs[-len(numbers(cfg.depth, '--depth')):]]
+    words = lambda c: f'{human(c.plan.tokens)} tokens, about {duration(None if c.hours is None else 3600 * c.hours)}' + (f', {money(c.dollars)}' if c.dollars is not None else '')
+    budgets = len(numbers(cfg.target_flops, '--target-flops'))
+    for i, c in enumerate(p.costs): pairs.append((f'train{c.config.n_layer}' + (f'.{1 + i // (len(p.costs) // budgets)}' if budgets else ''), words(c)))
     pairs += [('shards', shards_for(p.costs)), ('price', '' if p.hardware.price is None else p.hardware.price), ('all', duration(p.seconds) + (f', {money(p.dollars)}' if p.dollars is not None else ''))]
     return ''.join(f'{k}\t{v}\n' for k, v in [*pairs, ('fp8', '--fp8' if fp8_verdict(cfg.fp8, m, cfg.hardware)[0] else '')])
 

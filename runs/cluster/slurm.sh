@@ -24,7 +24,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 : "${SLURM_JOB_NODELIST:?type: sbatch runs/cluster/slurm.sh}"
 
 [ $# -gt 0 ] || set -- runs/speedrun.sh
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}  # the first of them
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs that share a node do not meet
 gpus=${SLURM_GPUS_ON_NODE:-}
 
