@@ -1,0 +1,26 @@
+"""Known wrong answers of assignment 7: for each exercise, what students do, the change to the master that does it, and a phrase of the hint they must read."""
+
+WRONG = {
+    1: [('a mean of the batch', ('rewards - rewards.mean(dim=1, keepdim=True)', 'rewards - rewards.mean()'), "the question's own answers"),
+        ('the wrong direction', ('rewards - rewards.mean(dim=1, keepdim=True)', 'rewards - rewards.mean(dim=0, keepdim=True)'), "the question's own answers"),
+        ('divides by the deviation', ('return rewards - rewards.mean(dim=1, keepdim=True)', 'return (rewards - rewards.mean(dim=1, keepdim=True)) / rewards.std(dim=1, keepdim=True)'), 'that would be 0 / 0'),
+        ('counts itself', ('/ (n - 1)', '/ n'), 'out of the count'),
+        ('sums itself', ('(rewards.sum(dim=1, keepdim=True) - rewards) / (n - 1)', 'rewards.sum(dim=1, keepdim=True) / (n - 1)'), 'out of the sum')],
+    2: [('no shift', ('logits[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])', 'logits[:, 1:].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])'), 'about id t + 1'),
+        ('shifted the other way', ('logits[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])', 'logits[:, 1:].log_softmax(dim=-1).gather(-1, ids[:, :-1, None])'), 'not the other way round'),
+        ('raw logits', ('.log_softmax(dim=-1).gather', '.gather'), 'not normalised'),
+        ('probabilities', ('.log_softmax(dim=-1).gather', '.softmax(dim=-1).gather'), 'The logarithm of a probability'),
+        ('log of softmax', ('.log_softmax(dim=-1).gather', '.softmax(dim=-1).log().gather'), 'gives minus infinity')],
+    3: [('plus', ('return -weighted.sum()', 'return weighted.sum()'), 'the sign is minus'),
+        ('the mean advantage', ('advantage.detach()[:, None]', 'advantage.detach().mean()'), 'with its own advantage'),
+        ("drops the mask's last column", ('mask[:, 1:]', 'mask[:, :-1]'), 'drop its first column'),
+        ('no mask', ('chosen = mask[:, 1:].to(logits.dtype)', 'chosen = torch.ones_like(mask[:, 1:]).to(logits.dtype)'), 'have no part in the loss'),
+        ('answer by answer', ('return -weighted.sum() / chosen.sum().clamp(min=1)', 'return -(weighted.sum(1) / chosen.sum(1).clamp(min=1)).mean()'), 'answer by answer'),
+        ('a gradient through the advantage', ('advantage.detach()', 'advantage'), 'detach it'),
+        ('nothing over nothing', ('chosen.sum().clamp(min=1)', 'chosen.sum()'), 'not nan')],
+    4: [('divides by h', ('/ (2 * h)', '/ h'), 'Divide by 2h'),
+        ('leaves elements moved', ('up, down = x.clone(), x.clone()\n', 'up, down = (x.clone(), x.clone()) if i == 0 else (up, down)\n'), 'each back in its place'),
+        ('one side only', ('(float(f(up)) - float(f(down))) / (2 * h)', '(float(f(up)) - float(f(x))) / h'), 'to one side only'),
+        ('calls twice as often', ('grad.view(-1)[i] = (', 'f(x), f(up)\n        grad.view(-1)[i] = ('), 'Two calls of f'),
+        ('moves x', ('up, down = x.clone(), x.clone()', 'up, down = x, x.clone()'), 'as it was before')],
+}
