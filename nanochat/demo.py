@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .chat import Sampling, progress_line, reply, trimmed_note, with_answer, with_question, without_last
-from .checkpoint_manager import load_model
+from .checkpoint_manager import find_run, load_model
 from .common import UserError, detect_device, human
 from .engine import Engine, Scheduler
 
@@ -401,16 +401,17 @@ def describe(source: str, meta: dict, model: Any, tag: str | None = None) -> str
     return f"{source} · {tag} · step {meta.get('step', '?')} · {human(count)} parameters · {model.get_device()}"
 
 # %% ../nbs/17_demo.ipynb #50e4fbf5
-def load_engine(source: str = 'sft', device: str | None = None, model_tag: str | None = None, step: int | None = None) -> tuple[Engine, str]:
-    "An engine for a trained model (base, mid, sft, rl) and the line that describes it. Raises `UserError` when there is none."
-    model, tokenizer, meta = load_model(source, detect_device(device), 'eval', model_tag=model_tag, step=step)
-    return Engine(model, tokenizer), describe(source, meta, model, model_tag)
+def load_engine(source: str = 'sft', device: str | None = None, model_tag: str | None = None, step: int | None = None,
+                path: str | None = None) -> tuple[Engine, str]:
+    "An engine for a trained model (base, mid, sft, rl, or public with its `path`) and the line that describes it. Raises `UserError` when there is none."
+    model, tokenizer, meta = load_model(source, detect_device(device), 'eval', model_tag=model_tag, step=step, path=path)
+    return Engine(model, tokenizer), describe(source, meta, model, find_run(source, model_tag, path).name if path else model_tag)
 
 def launch(source: str = 'sft', device: str | None = None, server_name: str = '127.0.0.1', server_port: int | None = None,
-           model_tag: str | None = None, step: int | None = None, **kwargs: Any) -> Any:
+           model_tag: str | None = None, step: int | None = None, path: str | None = None, **kwargs: Any) -> Any:
     "Load a model and serve the chat: in a notebook inside the cell, elsewhere at http://127.0.0.1:7860 or the next free port. Other arguments go to `Blocks.launch`."
     import_gradio()
-    engine, info = load_engine(source, device, model_tag, step)
+    engine, info = load_engine(source, device, model_tag, step, path)
     demo = build_demo(engine, info=info)
     demo.launch(server_name=server_name, server_port=server_port, **dict(share=False, ssr_mode=False, enable_monitoring=False, footer_links=[], height=640) | look() | kwargs)
     return demo

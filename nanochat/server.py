@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from .chat import Answer, Sampling, prompt_ids
-from .checkpoint_manager import load_model, newest_tag
+from .checkpoint_manager import find_run, load_model
 from .common import UserError, append_jsonl, detect_device
 from .engine import Busy, Columns, Engine, Scheduler, calculator_text
 from .execution import use_calculator
@@ -1101,11 +1101,11 @@ def choose_devices(device: str | None = None, devices: tuple[str, ...] = (), wor
 
 # %% ../nbs/16_server.ipynb #132d3b8c
 def load_pool(source: str = 'sft', devices: list[torch.device] | None = None, model_tag: str | None = None, step: int | None = None,
-              slots: int = 16, max_waiting: int = 64) -> tuple[Pool, Served]:
+              slots: int = 16, max_waiting: int = 64, path: str | None = None) -> tuple[Pool, Served]:
     "A worker per device with a trained model, warmed up by one token, and the model's card. Workers on one device share its weights. Raises `UserError`."
-    tag, loaded, schedulers = model_tag or newest_tag(source), {}, []
+    tag, loaded, schedulers = find_run(source, model_tag, path).name, {}, []
     for device in devices or [detect_device()]:
-        if device not in loaded: loaded[device] = load_model(source, device, 'eval', model_tag=tag, step=step)
+        if device not in loaded: loaded[device] = load_model(source, device, 'eval', model_tag=model_tag if path else tag, step=step, path=path)
         model, tokenizer, meta = loaded[device]
         schedulers.append(Scheduler(Engine(model, tokenizer), slots=slots, max_waiting=max_waiting))
         for _ in schedulers[-1].generate([tokenizer.get_bos_token_id()], max_tokens=1): pass

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint_manager import find_step, load_model, newest_tag, run_dir
+from ..checkpoint_manager import find_run, load_model
 from ..common import Progress, UserError, base_dir, cli, compute_dtype, detect_device, distributed, get_ranks, human_time, print0
 from ..core_eval import Bundle, bench_table, core_bench, evaluate_core, from_rank0, mini_bundle, open_bundle, references, save_tables
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit
@@ -32,7 +32,8 @@ from ..train import close
 @dataclass
 class BaseEvalConfig:
     "Evaluate a checkpoint: bits per byte with a 5-gram model beside it, CORE, samples."
-    source: str = 'base'  # stage: base, mid, sft or rl
+    source: str = 'base'  # stage: base, mid, sft or rl; public: see --path
+    path: str = ''  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str = ''  # run; empty: the deepest one
     step: int | None = None  # checkpoint; None: the newest
     corpus: str = 'stdlib'  # a prepared corpus, or the path it was made from
@@ -48,6 +49,7 @@ class BaseEvalConfig:
     core_tokens: int = 0  # tokens per forward pass of CORE: lower it if memory runs out; 0: 4,096 on a CPU, 65,536 elsewhere
     core_bench: int = 0  # instead: compare batched with one-at-a-time scoring on so many items of each task
     hf: str = ''  # instead: CORE of a HuggingFace model, by name or folder
+    trust_remote_code: bool = False  # with --hf: run the code that the model brings along, as exports of this project do
     device: str = ''  # cuda, mps or cpu; empty: the best there is
     force: bool = False  # evaluate again what was evaluated before
 
@@ -142,11 +144,11 @@ class HFTokenizer:
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']
         return rows if prepend is None else [[prepend, *ids] for ids in rows]
 
-def load_hf(name: str, device: torch.device) -> tuple[Any, HFTokenizer]:
+def load_hf(name: str, device: torch.device, trust: bool = False) -> tuple[Any, HFTokenizer]:
     "A causal language model of `transformers` and its tokenizer, in the compute dtype of the device. Raises `UserError`."
     try: from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e: raise UserError('a HuggingFace model needs the package transformers; run: pip install transformers') from e
-    try: model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    try: model, tokenizer = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e: raise UserError(f"cannot load the HuggingFace model '{name}': {str(e).splitlines()[0]}") from e
     return model.to(device, compute_dtype(device)).eval(), HFTokenizer(tokenizer)
 
@@ -154,7 +156,7 @@ def load_hf(name: str, device: torch.device) -> tuple[Any, HFTokenizer]:
 def evaluate_hf(cfg: BaseEvalConfig, device: torch.device) -> dict[str, Any]:
     "CORE of a HuggingFace model. It is printed and kept in its folder, and does not enter the report."
     bundle = core_bundle(cfg)
-    model, tokenizer = load_hf(cfg.hf, device)
+    model, tokenizer = load_hf(cfg.hf, device, cfg.trust_remote_code)
     if cfg.core_bench: return bench(cfg, model, tokenizer, bundle, device)
     name = f'hf-{Path(cfg.hf).name if Path(cfg.hf).exists() else cfg.hf}'
     result = dict(source='hf', tag=cfg.hf) | core_result(cfg, model, tokenizer, bundle, device, name, weights_mark(model, {}))
@@ -172,7 +174,7 @@ def bench(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle | None
 def mark_of(cfg: BaseEvalConfig, meta: dict[str, Any], corpus: Corpus, bundle: Bundle | None = None) -> str:
     "A hash of all that decides the result."
     weights = meta.get('files', {}).get('model.safetensors', {}).get('sha256')
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ('device', 'force', 'model_tag', 'step', 'bundle', 'core_bench', 'core_tokens')}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ('device', 'force', 'path', 'model_tag', 'step', 'bundle', 'core_bench', 'core_tokens')}
     return result_mark(settings, weights, corpus.manifest.get('fingerprint'), bundle and bundle.fingerprint())
 
 def earlier(mark: str, cfg: BaseEvalConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
@@ -212,8 +214,9 @@ def text_scores(cfg: BaseEvalConfig, model: Any, tokenizer: RustBPETokenizer, co
 # %% ../../nbs/scripts/03_base_eval.ipynb #f18f59ff
 def evaluate_checkpoint(cfg: BaseEvalConfig, device: torch.device) -> dict[str, Any]:
     "Everything about one checkpoint, unless it was done before."
-    start, tag, corpus, bundle = time.perf_counter(), cfg.model_tag or newest_tag(cfg.source), open_corpus(cfg.corpus), core_bundle(cfg)
-    model, tokenizer, meta = load_model(cfg.source, device, 'eval', tag, cfg.step)
+    start, run = time.perf_counter(), find_run(cfg.source, cfg.model_tag or None, cfg.path)
+    tag, corpus, bundle = run.name, open_corpus(cfg.corpus), core_bundle(cfg)
+    model, tokenizer, meta = load_model(cfg.source, device, 'eval', cfg.model_tag if cfg.path else tag, cfg.step, cfg.path)
     if cfg.core_bench: return bench(cfg, model, tokenizer, bundle, device)
     mark = mark_of(cfg, meta, corpus, bundle)
     if done := earlier(mark, cfg, meta):

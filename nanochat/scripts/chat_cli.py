@@ -23,7 +23,8 @@ from ..demo import load_engine
 class ChatConfig:
     "Chat with a trained model in the terminal."
     prompt: Annotated[str, tyro.conf.arg(aliases=['-p'])] = ''  # answer this one prompt and exit; otherwise chat
-    source: str = 'sft'  # which stage's model: base, mid, sft or rl
+    source: str = 'sft'  # which stage's model: base, mid, sft or rl; public: see --path
+    path: str = ''  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str | None = None  # which run; default: the deepest
     step: int | None = None  # which checkpoint; default: the newest
     device: str | None = None  # cuda, mps or cpu; default: the best there is
@@ -180,7 +181,7 @@ def chat(engine: Any, cfg: ChatConfig, interactive: bool) -> list[dict]:
 def chat_cli(cfg: ChatConfig) -> list[dict]:
     "Answer `cfg.prompt`, or chat; returns the conversation. Raises `UserError` when there is no such model, `KeyboardInterrupt` when a single answer is stopped."
     if cfg.max_tokens < 1: raise UserError(f'--max-tokens {cfg.max_tokens} leaves no room for an answer; give 1 or more')
-    engine, info = load_engine(cfg.source, cfg.device, cfg.model_tag, cfg.step)
+    engine, info = load_engine(cfg.source, cfg.device, cfg.model_tag, cfg.step, cfg.path or None)
     if cfg.prompt:
         messages, stopped = answer_in_terminal(engine, with_question([], cfg.prompt, cfg.system), cfg.sampling, Printer())
         if stopped: raise KeyboardInterrupt

@@ -21,7 +21,8 @@ from ..server import LOCAL, PACE, Pool, Running, Served, Service, build_app, che
 @dataclass
 class ChatWebConfig:
     "Serve the chat page and the OpenAI-compatible API."
-    source: str = 'sft'  # which stage's model: base, mid, sft or rl
+    source: str = 'sft'  # which stage's model: base, mid, sft or rl; public: see --path
+    path: str = ''  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str | None = None  # which run; default: the deepest
     step: int | None = None  # which checkpoint; default: the newest
     device: str | None = None  # cuda, mps or cpu; default: the best there is
@@ -138,7 +139,7 @@ def import_fastapi() -> None:
 def build(cfg: ChatWebConfig) -> tuple[Any, Service]:
     "Load the model and build the application: the API, and the page if wanted. Raises `UserError`."
     key = key_of(cfg)
-    pool, served = load_pool(cfg.source, choose_devices(cfg.device, cfg.devices, cfg.workers), cfg.model_tag, cfg.step, cfg.slots, cfg.max_waiting)
+    pool, served = load_pool(cfg.source, choose_devices(cfg.device, cfg.devices, cfg.workers), cfg.model_tag, cfg.step, cfg.slots, cfg.max_waiting, cfg.path or None)
     service = Service(pool, served, key, hosts_of(cfg), cfg.log_conversations, cfg.pace)
     app = build_app(service, cfg.allow_origin)
     if cfg.page: add_page(app, pool, describe(cfg.source, {'step': served.step}, pool.model, served.tag), key)

@@ -35,7 +35,8 @@ from .train_bench import build
 @dataclass
 class InferBenchConfig:
     "Measure prefill, decode and serving beside the model's own forward in fp32."
-    source: str = ''                # base, mid, sft or rl: a trained model; empty: a random one of the shape below
+    source: str = ''                # base, mid, sft or rl: a trained model; public: see --path; empty: a random one of the shape below
+    path: str = ''                  # with --source public: a checkpoint directory of the public nanochat
     model_tag: str | None = None    # which run of that source; default: the deepest
     step: int | None = None         # which checkpoint; default: the newest
     depth: int = 4                  # layers; width is 64 x depth
@@ -175,7 +176,7 @@ class Fast:
 def load(cfg: InferBenchConfig, device: torch.device) -> GPT:
     "The model to be measured."
     if not cfg.source: return build(cfg.depth, cfg.vocab_size, cfg.sequence_len, cfg.window_pattern, device).eval()
-    model = load_model(cfg.source, device, 'eval', cfg.model_tag, cfg.step)[0].eval()
+    model = load_model(cfg.source, device, 'eval', cfg.model_tag, cfg.step, cfg.path or None)[0].eval()
     check_room(cfg, model.config.sequence_len)
     return model
 
