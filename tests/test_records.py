@@ -1,7 +1,6 @@
 """The records behind a score: found, filtered, shown; in a notebook without a browser, and where the widgets are missing."""
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -75,10 +74,14 @@ def test_without_widgets_it_is_a_table(run, monkeypatch):
     assert 'question 1?' in pages.page()
 
 
-def test_command_line(run, tmp_path):
-    ask = lambda *args: subprocess.run([sys.executable, '-m', 'nanochat.scripts.records', '--source', str(run), *args], capture_output=True, text=True)
-    done = ask('--verdict', 'within reach')
-    assert done.returncode == 0 and 'sums 2: within reach' in done.stdout and 'right: zebra' in done.stdout and '1 of 1 records' in done.stdout, done.stderr
-    done = ask('--html', str(tmp_path/'page.html'))
-    assert done.returncode == 0 and (tmp_path/'page.html').read_text().count('border-radius:6px') == 5
-    assert ask('--verdict', 'maybe').returncode == 2
+def test_command_line(run, tmp_path, monkeypatch, capsys):
+    def ask(*args):
+        monkeypatch.setattr(sys, 'argv', ['records', '--source', str(run), *args])
+        R.main()
+        return capsys.readouterr().out
+    said = ask('--verdict', 'within reach')
+    assert 'sums 2: within reach' in said and 'right: zebra' in said and '1 of 1 records' in said
+    ask('--html', str(tmp_path/'page.html'))
+    assert (tmp_path/'page.html').read_text().count('border-radius:6px') == 5
+    with pytest.raises(SystemExit) as end: ask('--verdict', 'maybe')
+    assert end.value.code == 2 and "no verdict 'maybe'" in capsys.readouterr().err
