@@ -6,13 +6,10 @@
 __all__ = []
 
 # %% ../nbs/18_viz.ipynb #4284b5e3
-import importlib
+from . import viz_base, viz_data, viz_model, viz_train
+from .viz_base import *
+from .viz_data import *
+from .viz_model import *
+from .viz_train import *
 
-__all__ = []
-for _part in ('viz_base', 'viz_data', 'viz_model', 'viz_train'):
-    try: _module = importlib.import_module(f'nanochat.{_part}')
-    except ModuleNotFoundError as e:
-        if e.name != f'nanochat.{_part}': raise
-        continue
-    globals().update({n: getattr(_module, n) for n in _module.__all__})
-    __all__ += _module.__all__
+__all__ = [*viz_base.__all__, *viz_data.__all__, *viz_model.__all__, *viz_train.__all__]
