@@ -10,7 +10,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report import generate_report
 from nanochat.scripts.chat_eval import (TASKS, ChatEvalConfig, TaskSpec, accuracy, answers_to, chat_eval, evaluate_task, evaluate_task_ranked, make_task, mean_losses,
-                                        samples_from, score_line, targets_of, task_names)
+                                        ks_of, pass_rates, ready_tasks, sample_task, samples_from, score_line, targets_of, task_names)
 from nanochat.tasks.arithmetic import Arithmetic
 from nanochat.tasks.common import TASK_DATA, Task, assistant, completion_text, hub_folder, user
 from nanochat.tasks.pydoc import PyDoc
@@ -190,3 +190,80 @@ def test_samples_keep_tool_calls():
     record = dict(index=0, question='What is 7*8?', answer=call, completion=call, correct=1, reward=1.0, tokens=9)
     assert samples_from('arithmetic', [record] * 3) == [dict(task='arithmetic', prompt='What is 7*8?\n', completion=call, correct=1)] * 2
     assert 'chance  25%' in score_line('pydoc', dict(accuracy=0.4, chance=0.25, n=200))
+
+
+# --- several tries --------------------------------------------------------------------------------------------------
+
+def test_pass_at_k_is_the_estimate_from_the_samples(monkeypatch, base_directory):
+    """Every sample is in the records with its verdict; pass@k is computed from them without bias; the scores at temperature 0 are those without samples."""
+    from itertools import combinations
+    from nanochat.scripts import chat_rl
+    from nanochat.tasks import humaneval
+    assert chat_rl.pass_at_k is humaneval.pass_at_k, 'one estimator for both'
+    class Lengths(Task):
+        "Right is an answer of an even number of characters: a random model is right now and then."
+        def num_examples(self): return 6
+        def get_example(self, i): return {'messages': [user('Say ' + 'abcdef'[i]), assistant('ok')]}
+        def evaluate(self, conversation, completion): return int(len(completion) % 2 == 0)
+    monkeypatch.setitem(TASKS, 'lengths', TaskSpec(lambda size, split: Lengths(), 0.0, 8))
+    monkeypatch.setitem(TASKS, 'sayings', TaskSpec(lambda size, split: Sayings(), 0.25))
+    run = init_run(run_dir('sft', 'd2'), {}, TOK)
+    save_checkpoint(run, 7, tiny())
+    ask = lambda **kw: chat_eval(ChatEvalConfig(**dict(tasks='lengths,sayings', max_problems=6) | kw))
+    result = ask(num_samples=5, temperature=0.9, pass_k='1,3,5')
+    rows = read_jsonl(run/'eval_lengths.jsonl')
+    assert all(len(r['samples']) == 5 and [s['correct'] for s in r['samples']] == [int(len(s['completion']) % 2 == 0) for s in r['samples']] for r in rows)
+    for k in (1, 3, 5):
+        draws = [list(combinations([s['correct'] for s in r['samples']], k)) for r in rows]
+        assert result['tasks']['lengths'][f'pass@{k}'] == pytest.approx(sum(sum(map(any, d)) / len(d) for d in draws) / 6)
+    assert 0 < result['tasks']['lengths']['pass@1'] < result['tasks']['lengths']['pass@5'] and len({s['completion'] for r in rows for s in r['samples']}) > 10
+    assert not any(k.startswith('pass@') for k in result['tasks']['sayings']) and 'samples' not in read_jsonl(run/'eval_sayings.jsonl')[0]
+    assert 'pass@3 ' in score_line('lengths', result['tasks']['lengths'])
+    assert ask(num_samples=5, temperature=0.9, pass_k='5,1,3')['skipped'], 'the same question in other words'
+    plain = ask()
+    assert 'skipped' not in plain and plain['chat_core'] == result['chat_core']
+
+
+def test_samples_do_not_depend_on_batches():
+    engine, task = Engine(tiny(), TOK), Arithmetic(6, 'test')
+    one = sample_task(task, engine, 4, max_tokens=6, batch_size=64)
+    assert one == sample_task(task, engine, 4, max_tokens=6, batch_size=3) and [f['index'] for f in one] == list(range(6))
+    assert one != sample_task(task, engine, 4, max_tokens=6, seed=1)
+    assert pass_rates(one, [1, 4])['sampled_reward'] == 0 and ks_of('', 5) == [1, 2, 4]
+
+
+@pytest.mark.parametrize('kw, sentence', [(dict(pass_k='4'), '--num-samples too'), (dict(num_samples=2, pass_k='4'), 'pass@4 needs as many answers'), (dict(num_samples=2, pass_k='two'), 'not a list of numbers'),
+                                          (dict(num_samples=-1), 'negative'), (dict(temperature=0.0), '--temperature 1.0'), (dict(top_k=-1), 'negative')], ids=str)
+def test_settings_of_sampling_are_checked(kw, sentence):
+    with pytest.raises(UserError, match=sentence): chat_eval(ChatEvalConfig(**kw))
+
+
+def test_records_hold_all_that_was_read_and_said():
+    """The prompt is what the model was given, to the token."""
+    for task in (Sayings(), PyDoc(3, 'test', kind='choice'), Arithmetic(3, 'test')):
+        for r, c in zip(evaluate_task(task, Engine(tiny(), TOK), max_problems=3, max_tokens=4), task):
+            assert TOK.render_for_completion(c) and r['prompt'] == TOK.decode(TOK.render_for_completion(c)) and r['answer'] == completion_text(c)
+            assert {'completion', 'correct', 'reward', 'question'} <= set(r)
+
+
+def test_tasks_are_given_the_settings_they_take(monkeypatch):
+    """HumanEval hears that code may run, the others are not bothered; and a task that cannot be marked here says so before any question."""
+    seen = {}
+    class Picky(Sayings):
+        def check_ready(self): raise UserError('this machine cannot mark')
+    monkeypatch.setitem(TASKS, 'free', TaskSpec(lambda size, split, **kw: seen.update(kw) or Sayings(), 0.0, settings=('i_understand',)))
+    monkeypatch.setitem(TASKS, 'picky', TaskSpec(lambda size, split: Picky(), 0.0))
+    ready_tasks(['free', 'arithmetic'], 3, i_understand=True, timeout=9)
+    assert seen == {'i_understand': True}
+    with pytest.raises(UserError, match='cannot mark'): ready_tasks(['arithmetic', 'picky'], 3)
+
+
+def test_humaneval_is_judged_with_its_settings(shared_data, base_directory):
+    """What the command line said reaches the sandbox; verdicts say why an answer failed."""
+    from nanochat.execution import sandbox_status
+    for where in TASK_DATA['humaneval']: shutil.copytree(shared_data/'hub'/'/'.join(where), hub_folder(*where))
+    task = make_task('humaneval', size=2, i_understand=True, timeout=7.0)
+    assert task.settings == dict(timeout=7.0, i_understand=True) and make_task('humaneval', size=2).settings['i_understand'] is False
+    if not sandbox_status().strong: pytest.skip('generated code cannot be isolated here')
+    good, bad = task.judge([task[0]] * 2, [completion_text(task[0]), 'def nothing(): pass'])
+    assert good == dict(correct=1, reward=1.0) and bad['correct'] == 0 and bad['why']
