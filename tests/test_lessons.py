@@ -25,7 +25,8 @@ def test_all_lessons_are_there():
 def test_promises(path):
     """A title, what it is for, minutes; at least four questions that unfold; the GPU box; three things to try; where to go next."""
     text = markdown(path)
-    assert re.match(r'# \S', source(cells(path)[0])), 'begin with # Title'
+    number = int(path.stem[:2])
+    assert re.match(rf'# Lesson {number}b?: \S', source(cells(path)[0])), f'begin with # Lesson {number}: Title'
     opening = text[:1500]
     assert re.search(r'you (can|will be able to)|able to', opening), 'say what the reader will be able to do'
     assert re.search(r'\d+\s*(to \d+ )?minutes', opening), 'say how many minutes it takes'
@@ -55,6 +56,13 @@ def test_links(path):
             continue
         target = link.split('#')[0]
         if target: assert (path.parent/target).resolve().exists(), f'{link} leads nowhere'
+
+
+def test_map_of_the_lessons():
+    """The folder's README leads to every lesson."""
+    text = (ROOT/'lessons'/'README.md').read_text(encoding='utf8')
+    assert {p.name for p in LESSONS} <= set(re.findall(r'\]\(([^)]+)\)', text))
+    for link in re.findall(r'\]\(([^)#]+)\)', text): assert (ROOT/'lessons'/link).exists(), link
 
 
 @pytest.mark.parametrize('path', LESSONS, **by_name)

@@ -58,7 +58,10 @@ def lab(tmp_path_factory):
     folder, base = tmp_path_factory.mktemp('lab'), Path(os.environ.get('NANOCHAT_LESSON_TEST_BASE') or tmp_path_factory.mktemp('lab-base'))
     env = os.environ | dict(NANOCHAT_BASE_DIR=str(base), NANOCHAT_LESSON_FAST='1', OMP_NUM_THREADS='1', HOME=str(tmp_path_factory.mktemp('home')),
                             JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTER_PREFER_ENV_PATH='1', PYTHONPATH=str(ROOT))
-    with jupyter(folder, env) as address: yield folder, address
+    quiet = folder/'settings'/'@jupyterlab'/'apputils-extension'
+    quiet.mkdir(parents=True)
+    (quiet/'notification.jupyterlab-settings').write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)))
+    with jupyter(folder, env | dict(JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))) as address: yield folder, address
 
 
 @pytest.fixture(scope='module')
@@ -130,7 +133,6 @@ def test_slider_moves_the_picture(name, lab, browser):
         seen = [before]
         for key in ('ArrowRight', 'ArrowRight', 'ArrowLeft', 'Home', 'End'):
             handle.press(key)
-            with contextlib.suppress(Exception): page.wait_for_function('0', timeout=1)
             deadline = time.time() + 20
             while (now := picture(page)) == seen[-1] and time.time() < deadline: page.wait_for_timeout(100)
             seen.append(now)
