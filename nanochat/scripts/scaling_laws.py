@@ -29,6 +29,7 @@ class Point:
     loss: float    # at the end, on held-out text; here in bits per byte
     name: str = ''
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #d5dad9fb
 @dataclass(frozen=True, slots=True)
 class Law:
     "L(N, D) = floor + A / N^alpha + B / D^beta, the form of Hoffmann et al. (arXiv 2203.15556); the constants here are made up."
@@ -51,9 +52,11 @@ class Law:
         return G * (flops / 6) ** self.exponents[0]
 
 # %% ../../nbs/scripts/15_scaling_laws.ipynb #672dc788
-def synthetic_runs(law: Law = Law(), budgets: Sequence[float] = (1e18, 2.15e18, 4.64e18, 1e19), sizes: int = 7, spread: float = 4.0, noise: float = 0.002,
-                   seed: int = 0, factor: float = 1.0) -> list[Point]:
-    "Runs at `sizes` model sizes from 1/spread to spread times the best one (times `factor`) for each budget; `noise` is the standard deviation of the loss."
+def synthetic_runs(law: Law = Law(), budgets: Sequence[float] = (1e18, 2.15e18, 4.64e18, 1e19), sizes: int = 7, spread: float = 4.0,
+                   noise: float = 0.002, seed: int = 0, factor: float = 1.0) -> list[Point]:
+    """Runs at `sizes` model sizes from 1/spread to spread times the best one (times `factor`) for each budget.
+
+    `noise` is the standard deviation of the loss."""
     rng, points = np.random.default_rng(seed), []
     for C in budgets:
         for N in law.best_params(C) * factor * np.geomspace(1 / spread, spread, sizes):
@@ -103,10 +106,12 @@ def _tokens_at(points: Sequence[Point], params: np.ndarray) -> np.ndarray:
     slope, level = np.polyfit(x - x.mean(), y, 1)
     return np.exp(level + slope * (np.log(params) - x.mean()))
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #719f9410
 def fit_valley(points: Sequence[Point]) -> Valley:
     "The parabola through the runs of one budget. Raises `UserError` with fewer than three sizes, or when there is no valley."
     points, mean = tuple(sorted(points, key=lambda p: p.params)), float(np.exp(np.mean(np.log([p.flops for p in points]))))
-    if len({p.params for p in points}) < 3: raise UserError(f'the budget of {mean:.3g} FLOPs has {len(points)} runs; a parabola needs three sizes or more')
+    if len({p.params for p in points}) < 3:
+        raise UserError(f'the budget of {mean:.3g} FLOPs has {len(points)} runs; a parabola needs three sizes or more')
     hat, centre = _hat(points)
     c, b, a = hat @ [p.loss for p in points]
     if not a > 0: raise UserError(f'the losses at {mean:.3g} FLOPs make no valley; add smaller and larger models, or leave this budget out')
@@ -127,6 +132,7 @@ class PowerLaw:
 
     def __str__(self) -> str: return f'{self.exponent:.3f}' + ('' if self.error is None else f' +- {self.error:.3f}')
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #abc4dacd
 def fit_power(flops: Sequence[float], values: Sequence[float], draws: np.ndarray | None = None) -> PowerLaw:
     "A line in log-log; `draws` (R, budgets) are the values of R repetitions, for the error bar. Raises `UserError` with a single budget."
     x = np.log(np.asarray(flops, dtype=float))
@@ -152,6 +158,7 @@ class IsoFlopFit:
         "Best tokens per parameter at a budget."
         return float(self.tokens(flops) / self.params(flops))
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #450b8941
 def leftovers(valleys: Sequence[Valley]) -> np.ndarray | None:
     "What the parabolas leave of the losses, scaled up for the three coefficients of each; None if they pass through every point."
     rest = np.concatenate([[p.loss - v.at(p.params) for p in v.points] for v in valleys])
@@ -160,7 +167,9 @@ def leftovers(valleys: Sequence[Valley]) -> np.ndarray | None:
 
 # %% ../../nbs/scripts/15_scaling_laws.ipynb #b9883cc9
 def bootstrap(valleys: Sequence[Valley], rest: np.ndarray, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    "Best sizes and tokens of tables that might as well have come out, each (R, budgets); tables without a valley somewhere are left out, so R <= repeats."
+    """Best sizes and tokens of tables that might as well have come out, each (R, budgets).
+
+    Tables without a valley somewhere are left out, so R <= repeats."""
     rng, sizes, tokens, good = np.random.default_rng(seed), [], [], np.ones(repeats, dtype=bool)
     for v in valleys:
         losses = v.at([p.params for p in v.points]) + rng.choice(rest, (repeats, len(v.points)))
@@ -208,7 +217,9 @@ def draw_isoflop(fit: IsoFlopFit) -> Any:
 
 # %% ../../nbs/scripts/15_scaling_laws.ipynb #608fee9f
 def finished_runs(prefix: str, base: Path | None = None) -> list[dict[str, Any]]:
-    "The newest `base_train` result of every run whose tag begins with `prefix`, with `scaling_params` and `width` from its settings; by compute, then size."
+    """The newest `base_train` result of every run whose tag begins with `prefix`, by compute, then size.
+
+    `scaling_params` and `width` are added from its settings."""
     base, found = base or base_dir(), {}
     for r in read_jsonl(base/'report'/'results.jsonl'):
         if r.get('stage') == 'base_train' and str(r.get('tag', '')).startswith(prefix): found[r['tag']] = r
@@ -218,6 +229,7 @@ def finished_runs(prefix: str, base: Path | None = None) -> list[dict[str, Any]]
         found[tag] = dict(scaling_params=settings.get('plan', {}).get('scaling_params'), width=settings.get('model_config', {}).get('n_embd')) | r
     return sorted(found.values(), key=lambda r: (float(f"{r['flops']:.1g}"), r['depth']))
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #44b2b100
 def points_of(rows: Sequence[dict[str, Any]]) -> list[Point]:
     "The points of finished runs. Raises `UserError` for a run that lacks its settings or its validation."
     lacking = [r['tag'] for r in rows if not r.get('scaling_params') or r.get('val_bpb') is None]
@@ -232,6 +244,7 @@ def miniseries_rows(prefix: str, base: Path | None = None) -> list[dict[str, Any
               if r.get('stage') == 'base_eval' and r.get('source') == 'base' and r.get('core') == 'full' and r.get('core_complete')}
     return sorted((dict(r, core=scores.get(r['tag'])) for r in finished_runs(prefix, base)), key=lambda r: r['depth'])
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #88730ea6
 def draw_miniseries(rows: Sequence[dict[str, Any]]) -> Any:
     "Held-out bits per byte, and CORE where it is known, over compute; a matplotlib figure."
     from matplotlib.figure import Figure
@@ -257,15 +270,18 @@ def miniseries_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'run':>14} {'depth':>6} {'N':>8} {'tokens':>8} {'FLOPs':>9} {'bpb':>8} {'CORE':>8} {'tok/s':>8} {'hours':>7}"]
     for r in rows:
         core = 'n/a' if r.get('core') is None else f"{r['core']:.4f}"
-        lines.append(f"{r['tag']:>14} {r['depth']:6} {human(r['scaling_params'] or 0):>8} {human(r['tokens']):>8} {r['flops']:9.3g} {r['val_bpb']:8.4f} {core:>8} "
+        size = human(r['scaling_params'] or 0)
+        lines.append(f"{r['tag']:>14} {r['depth']:6} {size:>8} {human(r['tokens']):>8} {r['flops']:9.3g} {r['val_bpb']:8.4f} {core:>8} "
                      f"{human(r.get('tok_per_sec') or 0):>8} {(r.get('seconds') or 0) / 3600:7.3f}")
     return '\n'.join(lines)
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #ac92dfe7
 def isoflop_table(fit: IsoFlopFit) -> str:
     "The fit as text: a line per budget, then the laws."
     lines = [f"{'FLOPs':>10} {'runs':>5} {'best N':>9} {'best D':>9} {'D/N':>7} {'loss':>8}"]
     for v in fit.valleys:
-        lines.append(f'{v.flops:10.3g} {len(v.points):5} {human(v.params):>9} {human(v.tokens):>9} {v.tokens / v.params:7.1f} {v.loss:8.4f}' + ('' if v.inside else '  bottom outside the models tried'))
+        mark = '' if v.inside else '  bottom outside the models tried'
+        lines.append(f'{v.flops:10.3g} {len(v.points):5} {human(v.params):>9} {human(v.tokens):>9} {v.tokens / v.params:7.1f} {v.loss:8.4f}{mark}')
     lines += [f'best N ~ C^a, a = {fit.params}', f'best D ~ C^b, b = {fit.tokens}']
     if fit.noise is None: lines.append('no error bars: with three models per budget nothing is left to estimate the noise from')
     elif fit.params.error is None: lines.append('no error bars: the noise is larger than the valleys are deep')
@@ -280,14 +296,16 @@ class ScalingLawsConfig:
     repeats: int = 1000  # tables of the bootstrap
     base: str = ''  # base directory; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #aa366dae
 def fit_what_is_there(points: Sequence[Point], repeats: int = 1000) -> tuple[IsoFlopFit | None, list[str]]:
     "The fit over all budgets whose valley has its bottom among the models tried, and a sentence for each other one; None with fewer than two."
     good, remarks = [], []
     for group in by_budget(points):
         try: valley = fit_valley(group)
         except UserError as e: remarks.append(str(e)); continue
+        side = 'below the smallest' if valley.params < valley.points[0].params else 'above the largest'
         if valley.inside: good += group
-        else: remarks.append(f"the bottom at {valley.flops:.3g} FLOPs lies {'below the smallest' if valley.params < valley.points[0].params else 'above the largest'} model tried, so it is left out; add models on that side")
+        else: remarks.append(f'the bottom at {valley.flops:.3g} FLOPs lies {side} model tried, so it is left out; add models on that side')
     if len(by_budget(good)) >= 2: return fit_isoflop(good, repeats), remarks
     return None, remarks + ['an exponent needs two budgets with a valley among the models tried']
 
@@ -311,10 +329,12 @@ def report_isoflop(rows: Sequence[dict[str, Any]], folder: Path, repeats: int) -
 def scaling_laws(cfg: ScalingLawsConfig) -> dict[str, Any]:
     "Fit and draw what has been trained; returns what it writes to `report/scaling_laws.json`. Raises `UserError` when there is nothing."
     if cfg.repeats < 10: raise UserError(f'{cfg.repeats} tables say little about an error; give --repeats 100 or more')
-    if cfg.base and not Path(cfg.base).is_dir(): raise UserError(f'there is no directory {cfg.base}; give --base the folder that holds the runs, or leave it out')
+    if cfg.base and not Path(cfg.base).is_dir():
+        raise UserError(f'there is no directory {cfg.base}; give --base the folder that holds the runs, or leave it out')
     base = Path(cfg.base) if cfg.base else base_dir()
     iso, mini, result = finished_runs(cfg.isoflop, base), miniseries_rows(cfg.miniseries, base), {}
-    if not iso and not mini: raise UserError(f"no finished run begins with {cfg.isoflop} or {cfg.miniseries}; type: bash runs/scaling_laws.sh, or bash runs/miniseries.sh")
+    if not iso and not mini:
+        raise UserError(f'no finished run begins with {cfg.isoflop} or {cfg.miniseries}; type: bash runs/scaling_laws.sh, or bash runs/miniseries.sh')
     if iso: result['isoflop'] = report_isoflop(iso, base/'report', cfg.repeats)
     if mini:
         print(miniseries_table(mini))
@@ -324,6 +344,7 @@ def scaling_laws(cfg: ScalingLawsConfig) -> dict[str, Any]:
     print('written: ' + ', '.join(sorted(f'report/{p.name}' for p in (base/'report').iterdir() if p.stem in ('scaling_laws', 'miniseries'))))
     return result
 
+# %% ../../nbs/scripts/15_scaling_laws.ipynb #f272c2be
 def main() -> None:
     "`python -m nanochat.scripts.scaling_laws`."
     cli(ScalingLawsConfig, scaling_laws)
