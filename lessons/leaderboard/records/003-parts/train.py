@@ -1,4 +1,4 @@
-"""Record 3: value embeddings, smear, backout and scaled residuals: parts that cost few FLOPs. One thing changed: the model."""
+"""Record 3: value embeddings, smear and backout: parts that cost few FLOPs. One thing changed: the model."""
 import torch
 
 from nanochat.checkpoint_manager import empty_model
@@ -16,7 +16,7 @@ def schedule(share):
 
 def train(run):
     tokenizer = RustBPETokenizer.train_from_iterator(run.documents, 4096)
-    model = empty_model(gpt_config(4, tokenizer.get_vocab_size(), LENGTH, window_pattern='L'), torch.device('cpu'))
+    model = empty_model(gpt_config(4, tokenizer.get_vocab_size(), LENGTH, window_pattern='L', layer_scalars=False), torch.device('cpu'))
     rates = {k: v * TINY['lr_scale'] for k, v in dict(unembedding_lr=.008, embedding_lr=.3, matrix_lr=.02, scalar_lr=.5).items()}
     optimizer = model.setup_optimizer(**rates, weight_decay=TINY['weight_decay'])
     batches = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, ROWS, LENGTH, 'train', corpus=run.documents, long_documents='split')
