@@ -178,7 +178,7 @@ def test_a_wrong_value_is_one_sentence(home, mine, capsys, words, script, args):
     ('arithmetic -1 .*takes 0 or more', ['--arithmetic=-1']), ('identity -1 ', ['--identity=-1']), ('cannot read the conversations in nowhere.jsonl', ['--custom', 'nowhere.jsonl'])])
 def test_tuning_refuses_before_it_builds_the_mixture(home, capsys, monkeypatch, script, words, args):
     """With the default mixture, which takes seconds and writes a cache of words."""
-    monkeypatch.setattr('nanochat.scripts.mid_train.parts', lambda *a: pytest.fail('the mixture was built'))
+    monkeypatch.setattr('nanochat.scripts.mid_train.make_parts', lambda *a: pytest.fail('the mixture was built'))
     refused(capsys, home, words, script, '--device', 'cpu', *args)
 
 
