@@ -1,0 +1,32 @@
+"""Known wrong answers of assignment 9: for each exercise, what students do, the change to the master that does it, and a phrase of the hint they must read."""
+
+SETTINGS = 'return dict(context=4, width=48, batch=48, rate=0.15, momentum=0.9, warmdown=0.5)'
+WRONG = {
+    1: [('forgets the overhead', ('minutes * 60 - overhead_seconds', 'minutes * 60'), 'taken off before'),
+        ('minutes as seconds', ('minutes * 60 - overhead_seconds', 'minutes - overhead_seconds'), 'sixty seconds each'),
+        ('rounds up', ('int(seconds * tokens_per_second // tokens_per_step)', '-int(-seconds * tokens_per_second // tokens_per_step)'), 'rounded down'),
+        ('tokens of the time', ('tokens = steps * tokens_per_step', 'tokens = seconds * tokens_per_second'), 'those of whole steps'),
+        ('fewer than no steps', ('max(0.0, minutes * 60 - overhead_seconds)', 'minutes * 60 - overhead_seconds'), '0 steps, not fewer')],
+    2: [('no rise', ('if share < warmup: return share / warmup', 'if share < warmup: return 1.0'), 'The rise is straight'),
+        ('falls to 0', ('final + (1 - final) * left / warmdown', 'left / warmdown'), 'ends at `final`'),
+        ('falls from the middle on', ('if left < warmdown: return final + (1 - final) * left / warmdown', 'if share > warmdown and left < 1: return final + (1 - final) * left / (1 - warmdown)'), 'stays where it ended'),
+        ('goes below', ('left = max(0.0, 1 - share)', 'left = 1 - share'), 'would climb back up'),
+        ('divides by 0', ('if share < warmup: return share / warmup', 'if share <= warmup: return share / warmup'), 'dividing by them fails')],
+    3: [('leaves itself out', ('/ len(sums)', '/ (len(sums) - 1)'), 'yours among them'),
+        ('never as low as mine', ('s <= mine + 1e-12', 's < mine - 1e-12'), 'never 0'),
+        ('the other side', ('s <= mine + 1e-12', 's >= mine - 1e-12'), 'only that side counts'),
+        ('two-sided', ('    return sum(s <= mine + 1e-12 for s in sums) / len(sums)', '    middle = sum(values) * n / len(values)\n    return sum(abs(s - middle) >= abs(mine - middle) - 1e-12 for s in sums) / len(sums)'), 'only that side counts'),
+        ('equal values as one', ('for chosen in combinations(values, n)]', 'for chosen in set(combinations(sorted(values), n))]'), 'are different runs'),
+        ('groups of one size', ('for chosen in combinations(values, n)]', 'for chosen in combinations(values, len(before))]'), 'as many as')],
+    4: [('the baseline', (SETTINGS, 'return dict(context=1, width=16, batch=128, rate=0.1, momentum=0.0, warmdown=0.0)'), 'better than the baseline'),
+        ('a rate too high', (SETTINGS, 'return dict(context=4, width=48, batch=48, rate=50.0, momentum=0.9, warmdown=0.5)'), 'with a rate too high'),
+        ('beyond the limits', (SETTINGS, 'return dict(context=4, width=48, batch=48, rate=0.15, momentum=0.9, warmdown=0.5, steps=10**6)'), 'have to be valid'),
+        ('one letter', (SETTINGS, 'return dict(context=1, width=64, batch=64, rate=0.5, momentum=0.0, warmdown=0.5)'), 'look at the context'),
+        ('no momentum', (SETTINGS, 'return dict(context=4, width=48, batch=48, rate=0.5, momentum=0.0, warmdown=0.0)'), 'Momentum of 0.9')],
+    5: [('other seeds afterwards', ('([run(s, seed) for seed in seeds] for s in (baseline, settings))', '([run(s, seed + shift) for seed in seeds] for s, shift in ((baseline, 0), (settings, 10)))'), 'the same seeds'),
+        ('the best of two', ('[run(s, seed) for seed in seeds]', '[min(run(s, seed), run(s, seed)) for seed in seeds]'), 'until it looks good'),
+        ('the wrong sign', ('sum(before) / len(seeds) - sum(after) / len(seeds)', 'sum(after) / len(seeds) - sum(before) / len(seeds)'), 'above 0 when the bits fall'),
+        ('sorted', ('([run(s, seed) for seed in seeds] for s in', '(sorted(run(s, seed) for seed in seeds) for s in'), 'in the order of the seeds'),
+        ('no story', ('return dict(story=story,', "return dict(story='',"), 'names the story'),
+        ('a hash of the settings only', ('[baseline, settings, seeds, before, after], sort_keys', '[baseline, settings], sort_keys'), 'leave one of them out')],
+}
