@@ -5,12 +5,12 @@ import pytest
 
 SIZE = '--depth 1 --head-dim 32 --aspect-ratio 32 --sequence-len 64 --device-batch-size 2 --total-batch-size 256 --eval-tokens 256 --num-iterations 2'
 CHATS = ('--spelling-bee 0 --simple-spelling 0 --arithmetic 40 --arithmetic-stories 0 --pydoc 0 --pydoc-choice 0 --pydoc-name 0 --pydoc-pick 0 '
-         '--identity 0 --num-iterations 2 --eval-size 2')
+         '--identity 0 --num-iterations 2 --eval-size 2 --chatcore-every 2 --chatcore-max-problems 3 --chatcore-tasks arithmetic')
 STAGES = [
     ('tok_train', '--corpus TEXT --vocab-size 300'), ('tok_eval', '--corpus TEXT'), ('base_train', f'--corpus TEXT {SIZE}'),
     ('base_eval', '--corpus TEXT --eval-tokens 256 --device-batch-size 2'), ('mid_train', CHATS), ('chat_sft', CHATS),
     ('chat_rl', '--task arithmetic --num-iterations 1 --examples-per-step 2 --num-samples 2 --eval-problems 2 --eval-samples 2 --max-new-tokens 8 --device-batch-size 4'),
-    ('chat_eval', '--tasks arithmetic --max-problems 4 --max-new-tokens 8')]
+    ('chat_eval', '--tasks arithmetic --max-problems 4 --max-new-tokens 8 --num-samples 2')]
 
 # Two children per stage, forked from one process that has imported everything; the environment is what torchrun sets.
 DRIVER = r'''

@@ -61,3 +61,17 @@ def test_identity_is_repeated_and_the_order_is_the_seeds():
 def test_empty_and_negative_sizes_are_refused():
     with pytest.raises(UserError, match='mixture is empty'): mt.mixture(mt.TuneConfig(**NONE))
     with pytest.raises(UserError, match='--pydoc-name 0'): mt.mixture(mt.TuneConfig(**NONE | dict(pydoc_name=-5)))
+
+
+def test_the_shuffle_is_pinned():
+    """The order of a mixture is the shuffle of all (task, index) pairs by the seed, in every process, and takes four bytes per conversation."""
+    import random
+    from nanochat.tasks.arithmetic import Arithmetic
+    from nanochat.tasks.common import TaskMixture
+    from nanochat.tasks.spellingbee import SimpleSpelling
+    tasks = [Arithmetic(9), SimpleSpelling(5), Arithmetic(9), SimpleSpelling(5, start=2)]
+    pairs = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
+    random.Random(7).shuffle(pairs)
+    mixture = TaskMixture(tasks, seed=7)
+    assert [*mixture] == [tasks[t][i] for t, i in pairs] and mixture.order.nbytes == 4 * len(pairs)
+    assert TaskMixture([Arithmetic(6)], seed=42).order.tolist() == [3, 1, 2, 4, 0, 5], 'as on the day it was written'

@@ -245,6 +245,17 @@ def test_scaled_updates_are_the_plain_ones():
     assert line['grad_scale'] == 512 and line['skipped_steps'] == 1 and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_tracker_hears_all_of_it(vowels, monkeypatch):
+    import sys
+    from nanochat import trackers
+    got = []
+    monkeypatch.setitem(sys.modules, 'trackio', object())
+    monkeypatch.setitem(trackers.OPENERS, 'trackio', lambda info: ('id', lambda values, step: got.append((step, set(values))), lambda: got.append('closed')))
+    chat_rl(config(tracker='trackio'))
+    assert [g[0] for g in got[:-1]] == [0, 1, 2, 3, 4, 4] and got[-1] == 'closed' and 'eval_reward' in got[0][1] and 'reward' in got[1][1]
+    with pytest.raises(UserError, match="tracker 'paper' is unknown"): chat_rl(config(tracker='paper'))
+
+
 def test_the_recipe_for_gsm8k(shared_data, base_directory, monkeypatch):
     """`--task gsm8k` alone is the public recipe, on the real problems; without the data the command is named."""
     import shutil
