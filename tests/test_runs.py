@@ -158,6 +158,67 @@ def test_help_is_the_head_of_the_script(warm, tmp_path):
 def test_syntax(path): good(subprocess.run(['bash', '-n', str(path)], capture_output=True, text=True))
 
 
+# What is typed at full size: the real scripts, with commands that only write down how they were called
+
+RECORDER = r"""#!/bin/bash
+case "$*" in
+    "-c "*execution*) exit ${NO_SANDBOX:-0} ;;
+    "-c "*) exit 0 ;;
+    *"doctor plan "*) while [ "$1" != --out ]; do shift; done; cp "$TOLD" "$2"; exit ;;
+esac
+{ printf '  %s ' "${0##*/}"; printf '%q ' "$@"; echo; } >>"$LOG"
+[[ "$*" != *"$FAIL"* ]] || exit 7
+"""
+
+
+def recorded(tmp_path, command, **env):
+    """The finished script and the commands it gave, when `python` and `torchrun` are recorders."""
+    (tmp_path/'bin').mkdir(exist_ok=True)
+    for name in ('python', 'torchrun'):
+        (tmp_path/'bin'/name).write_text(RECORDER)
+        (tmp_path/'bin'/name).chmod(0o755)
+    (tmp_path/'told').write_text(''.join(f'rows{d}\t16\n' for d in range(10, 27)) + 'shards\t203\nprice\t24.0\nfp8\t--fp8\nall\t2 h, $50\n')
+    (tmp_path/'log').write_text('')
+    env = os.environ | dict(PATH=f'{tmp_path/"bin"}{os.pathsep}{os.environ["PATH"]}', TOLD=str(tmp_path/'told'), LOG=str(tmp_path/'log'), FAIL='nothing fails', NANOCHAT_BASE_DIR=str(tmp_path/'base')) | env
+    done = subprocess.run(['bash', *shlex.split(command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done, commands((tmp_path/'log').read_text())
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_run_types_what_its_dry_run_prints(name, dry, tmp_path):
+    done, typed = recorded(tmp_path, f'runs/{name}.sh')
+    good(done)
+    assert [m for _, m, _ in typed] == [m for _, m, _ in commands(dry[name])]
+    if name == 'speedrun': assert next(a for _, m, a in typed if m == 'scripts.base_train')[-1] == '--fp8', 'given where the plan allows it'
+    assert 'The plan said: 2 h, $50.' in done.stdout
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_code(tmp_path):
+    done, typed = recorded(tmp_path, 'runs/speedrun.sh', FAIL='base_eval')
+    assert done.returncode == 7 and typed[-1][1] == 'scripts.base_eval' and 'Fine-tuning' not in done.stdout
+
+
+def test_a_tokenizer_that_is_there_is_kept_though_more_shards_have_come(tmp_path):
+    (tmp_path/'base'/'tokenizer').mkdir(parents=True)
+    (tmp_path/'base'/'tokenizer'/'tok_train.json').write_text('{"corpus": "climbmix", "vocab_size": 32768, "seconds": 1}')
+    assert 'scripts.tok_train' not in [m for _, m, _ in recorded(tmp_path, 'runs/speedrun.sh')[1]]
+    (tmp_path/'base'/'tokenizer'/'tok_train.json').write_text('{"corpus": "stdlib", "vocab_size": 32768, "seconds": 1}')
+    assert 'scripts.tok_train' in [m for _, m, _ in recorded(tmp_path, 'runs/speedrun.sh')[1]]
+
+
+def test_no_sandbox_is_said_before_the_first_stage(tmp_path):
+    done, typed = recorded(tmp_path, 'runs/speedrun.sh', NO_SANDBOX='1')
+    assert done.returncode == 2 and typed == [] and '--questions arc-easy,arc-challenge,mmlu,gsm8k,spellingbee' in done.stderr
+    done, typed = recorded(tmp_path, 'runs/speedrun.sh --questions arc-easy,gsm8k', NO_SANDBOX='1')
+    assert '--tasks arc-easy,gsm8k' in ' '.join(next(a for _, m, a in typed if m == 'scripts.chat_eval')), done.stderr
+
+
+def test_own_texts_on_a_laptop(tmp_path):
+    _, typed = recorded(tmp_path, 'runs/runcpu.sh --corpus "my texts" --hours 1 --tag mine')
+    assert [a for _, m, a in typed if m == 'dataset'] == [['my texts']] and all('mine' in a for _, m, a in typed if m.startswith('scripts.chat'))
+    assert ('38.40' in next(a for _, m, a in typed if m == 'scripts.base_train')), 'minutes of an hour'
+
+
 # All of it, at toy size
 
 def wait_for(condition, process, seconds=200):
