@@ -38,6 +38,15 @@ def test_titles_stand_left_whoever_made_them():
     assert fig.axes[0].get_title(loc='left') == 'Squares' and fig.axes[0].get_title(loc='center') == ''
 
 
+def test_no_text_is_black():
+    """On a dark page it could not be read."""
+    fig = lines()
+    fig.axes[0].text(0, 0, 'plain'); fig.axes[0].text(1, 1, 'chosen', color='white')
+    vb.settle(fig)
+    assert [t.get_color() for t in fig.axes[0].texts] == [vb.INK, 'white']
+    assert [t.get_color() for t in fig.axes[0].get_legend().get_texts()] == [vb.INK]
+
+
 def test_pyplot_figures_are_closed():
     plt = pytest.importorskip('matplotlib.pyplot')
     plt.switch_backend('agg')
