@@ -16,7 +16,7 @@ __all__ = ['SIZES', 'LEAVE_OUT', 'REAL_BUDGETS', 'REAL_DEPTHS', 'REAL_RATIO', 'T
            'draw_span', 'slots_title', 'slots_explorer', 'burst', 'watch_slots']
 
 # %% ../nbs/18_viz_train.ipynb #891e3d79
-import functools, html, math, os, threading, time
+import asyncio, functools, html, math, os, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -215,7 +215,7 @@ class LiveEvents(LiveBase):
     def _news(self) -> None:
         "After a step, in the training thread: draw again if it is time."
         now = time.perf_counter()
-        if self.job.running and now - self.last_drawn < max(self.every, 10 * self.cost): return
+        if self.job.running and now - self.last_drawn < max(self.every, min(10 * self.cost, 3.0)): return
         self.redraw()
         if self.button.description != 'Stopping' or not self.job.running: self._label()
         self.last_drawn = time.perf_counter()
@@ -230,11 +230,24 @@ class LiveTraining(LiveEvents):
         self._label()
         return self
 
+    async def watch(self, seconds: float | None = None) -> None:
+        "`await` it in a cell: trains until the end, Stop, an interrupt, or for so many seconds, and the button works meanwhile. Raises what went wrong."
+        handle, end = self._show(), math.inf if seconds is None else time.perf_counter() + seconds
+        self.start()
+        try:
+            while self.job.running and time.perf_counter() < end: await asyncio.sleep(.05)
+        except (KeyboardInterrupt, asyncio.CancelledError): pass
+        self._settle(handle)
+
     def run(self, seconds: float | None = None) -> None:
-        "Train here, until the end, Stop, an interrupt of the kernel, or for so many seconds. The plot is shown above. Raises what went wrong."
+        "The same for cells and programs without `await`: interrupting the kernel stops it; a click would wait for the cell to end."
         handle = self._show()
         try: self.start().job.wait(seconds)
         except KeyboardInterrupt: pass
+        self._settle(handle)
+
+    def _settle(self, handle: Any) -> None:
+        "Stop if it still trains, and leave the last picture where the first was shown."
         self.job.stop()
         self.job.wait()
         self.redraw()

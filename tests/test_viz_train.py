@@ -1,5 +1,5 @@
 """The living figures: a training run that a button stops, iso-FLOP fits, the cache, sampling, rollouts and slots, each against an independent reference."""
-import math, subprocess, sys, time
+import asyncio, math, subprocess, sys, time
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +115,22 @@ def test_errors_of_the_training_are_shown_and_raised(monkeypatch):
     live.job.loader = vt.random_rows(IDS, 4, 64)
     live.run()
     assert live.job.finished and live.error is None and isinstance(live.shown.data, bytes)
+
+
+def test_the_button_works_while_a_cell_awaits():
+    """As a kernel does it: the click is another task of the loop in which the cell waits."""
+    live = vt.live_training(training(steps=100_000))
+
+    async def cell_and_click():
+        async def click():
+            while live.job.state.step < 3: await asyncio.sleep(.01)
+            live.button.click()
+        await asyncio.gather(live.watch(), click())
+
+    asyncio.run(cell_and_click())
+    assert 3 <= live.job.state.step < 100_000 and not live.job.running and live.button.description == 'Go on' and live.error is None
+    asyncio.run(live.watch(seconds=.2))
+    assert not live.job.running
 
 
 def test_run_gives_up_after_its_seconds():
