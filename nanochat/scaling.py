@@ -301,8 +301,10 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
     idle = min(parts.get('step', 0), parts['activations'] + parts['logits'] + parts.get('casts', 0))
     return {**parts, 'total': sum(parts.values()) - idle}
 
-def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, training: bool = True) -> dict[str, int]:
-    "Bytes by kind, and their `total`: an estimate, good to a factor of two; the CUDA or Python runtime is not in it."
+def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, training: bool = True, world_size: int = 1) -> dict[str, int]:
+    """Bytes by kind, and their `total`, of each of `world_size` processes, which share the optimizer's state.
+
+    An estimate, good to a factor of two; the CUDA or Python runtime is not in it."""
     n, _ = _counted(dataclasses.astuple(config))
     embeddings, matrices, head = n['wte'] + n['value_embeds'], n['transformer_matrices'], n['lm_head'] + n['scalars']
     width, tokens = dtype.itemsize, device_batch_size * config.sequence_len
@@ -311,16 +313,17 @@ def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtyp
     if not training: return _with_total(dict(parameters=parameters, activations=10 * config.n_embd * tokens * width, logits=logits))
     casts = 0 if dtype is torch.float32 else width * (matrices + n['lm_head'])  # the forward pass's copies of fp32 weights
     largest = 4 * config.n_layer * config.n_embd**2   # the widest Muon stack: all c_fc, or all c_proj
-    return _with_total(dict(parameters=parameters, gradients=parameters, optimizer=4 * matrices + 8 * (embeddings + head), casts=casts,
+    return _with_total(dict(parameters=parameters, gradients=parameters, optimizer=(4 * matrices + 8 * (embeddings + head)) // world_size, casts=casts,
                             activations=activation_elements(config) * tokens * width, logits=3 * logits + 4 * n['lm_head'], step=5 * 4 * largest))
 
 # %% ../nbs/07_scaling.ipynb #0b0350bc
 MEMORY_SHARE = 0.9  # of a device, that a plan may fill: the estimate is rough, and the runtime needs some
 
-def fitting_rows(config: GPTConfig, memory: float, dtype: torch.dtype = torch.bfloat16, most: int = 128) -> int:
+def fitting_rows(config: GPTConfig, memory: float, dtype: torch.dtype = torch.bfloat16, most: int = 128, world_size: int = 1) -> int:
     "The largest power of two of rows per micro-step whose estimate stays within `MEMORY_SHARE` of `memory` bytes; 0 if not even one row does."
     rows = 0
-    while (more := max(1, 2 * rows)) <= most and estimate_memory(config, more, dtype)['total'] <= MEMORY_SHARE * memory: rows = more
+    need = lambda n: estimate_memory(config, n, dtype, world_size=world_size)['total']
+    while (more := max(1, 2 * rows)) <= most and need(more) <= MEMORY_SHARE * memory: rows = more
     return rows
 
 # %% ../nbs/07_scaling.ipynb #8d3028c3
@@ -336,9 +339,10 @@ class RunCost:
     hours: float | None
     dollars: float | None
 
-def run_cost(config: GPTConfig, plan: TrainPlan, hardware: Hardware, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, fp8: bool = False) -> RunCost:
-    "Time, money and memory of a plan on some hardware."
-    memory = estimate_memory(config, device_batch_size, dtype)['total']
+def run_cost(config: GPTConfig, plan: TrainPlan, hardware: Hardware, device_batch_size: int, dtype: torch.dtype = torch.bfloat16,
+             fp8: bool = False) -> RunCost:
+    "Time, money and memory of a plan on some hardware, with a process for each device."
+    memory = estimate_memory(config, device_batch_size, dtype, world_size=hardware.devices)['total']
     hours = hardware.hours(plan.flops / (FP8_SPEEDUP if fp8 else 1))
     return RunCost(config, model_size(config), plan, device_batch_size, memory, memory <= MEMORY_SHARE * hardware.memory, hours, hardware.dollars(hours))
 

@@ -133,7 +133,7 @@ def test_a_plan_is_the_package_s_own_arithmetic():
     p, config = make_plan(SPEEDRUN, BOX), gpt_config(24)
     plan = plan_training(config, device_batch_size=16, world_size=8, target_param_data_ratio=8)
     cost, = p.costs
-    assert cost.plan == plan and cost.memory == estimate_memory(config, 16)['total'] and p.lacking == [] and cost == run_cost(config, plan, p.hardware, 16)
+    assert cost.plan == plan and cost.memory == estimate_memory(config, 16, world_size=8)['total'] and p.lacking == [] and cost == run_cost(config, plan, p.hardware, 16)
     assert cost.hours == pytest.approx(plan.flops / (8 * 989e12 * .5) / 3600) and cost.dollars == pytest.approx(24 * cost.hours)
     seconds = {s.key: s.seconds for s in p.stages}
     assert list(seconds) == 'climbmix tasks bundle tokenizer train core sft chat report'.split() and p.seconds == sum(seconds.values()) and p.dollars == pytest.approx(24 * p.seconds / 3600)

@@ -193,6 +193,15 @@ def test_hours_and_dollars():
         with pytest.raises(UserError): scaling.rented(*args)
 
 
+def test_processes_share_the_optimizer_s_state_and_nothing_else():
+    alone, eight = (estimate_memory(gpt_config(12), 8, world_size=w) for w in (1, 8))
+    assert eight['optimizer'] == alone['optimizer'] // 8 and {k for k in alone if alone[k] != eight[k]} == {'optimizer', 'total'}
+    config = gpt_config(24)
+    plan = plan_training(config, device_batch_size=16, world_size=8)
+    assert scaling.run_cost(config, plan, scaling.rented('h100', 8), 16).memory < scaling.run_cost(config, plan, scaling.rented('h100'), 16).memory
+    assert scaling.fitting_rows(config, 60 * 2**30, world_size=8) >= scaling.fitting_rows(config, 60 * 2**30)
+
+
 def test_the_cost_of_a_run():
     config = gpt_config(20)
     plan = plan_training(config, device_batch_size=16)

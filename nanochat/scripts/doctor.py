@@ -464,7 +464,7 @@ def training_cost(cfg: PlanConfig, depth: int, budget: float | None, m: Machine,
     shape = dict(head_dim=cfg.head_dim, aspect_ratio=cfg.aspect_ratio, window_pattern=cfg.window_pattern)
     config = gpt_config(depth, cfg.vocab_size, cfg.sequence_len, **shape)
     dtype, world = dtype_for(m, hardware), max(1, cfg.gpus or hardware.devices // cfg.nodes) * cfg.nodes
-    rows = cfg.device_batch_size or max(1, fitting_rows(config, hardware.memory, dtype, 32))
+    rows = cfg.device_batch_size or max(1, fitting_rows(config, hardware.memory, dtype, 32, hardware.devices))
     common = dict(device_batch_size=rows, world_size=world, total_batch_size=cfg.total_batch_size or None, recipe=cfg.recipe)
     step = plan_training(config, num_iterations=1, **common).flops
     plan = plan_training(config, **common, **length_of(cfg, budget, step, hardware))
@@ -540,7 +540,7 @@ def misfits(costs: Sequence[Any], hardware: Any) -> list[str]:
     from nanochat.scaling import fitting_rows
     say = []
     for c in (c for c in costs if not c.fits):
-        rows = fitting_rows(c.config, hardware.memory)
+        rows = fitting_rows(c.config, hardware.memory, world_size=hardware.devices)
         need, have = c.memory / 2**30, hardware.memory / 2**30
         say.append(f'd{c.config.n_layer} with {c.rows} rows needs about {need:.0f} GiB and a device of {hardware.name} has {have:.0f}; '
                    + (f'give --device-batch-size {rows}' if rows else 'take a smaller --depth, or larger GPUs'))
