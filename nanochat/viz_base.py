@@ -54,6 +54,7 @@ def figure(width: float = 7, height: float = 2.6, **subplots: Any) -> tuple[Any,
 
 def settle(fig: Any) -> None:
     "Titles to the left and bold, legends without a box, no text in black: what matplotlib decides when they are made, which may be outside `styled`."
+    from matplotlib.colors import to_hex
     for ax in fig.axes:
         if (text := ax.get_title(loc='center')) and not ax.get_title(loc='left'):
             ax.set_title('', loc='center')
@@ -61,7 +62,7 @@ def settle(fig: Any) -> None:
         legend = ax.get_legend()
         if legend: legend.set_frame_on(False)
         for text in [*ax.texts, *(legend.get_texts() if legend else [])]:
-            if text.get_color() == 'black': text.set_color(INK)  # invisible on a dark page
+            if to_hex(text.get_color()) == '#000000': text.set_color(INK)  # invisible on a dark page
 
 def png(fig: Any, dpi: int = 150) -> bytes:
     "The figure as PNG bytes, in at most 128 colours and so about a third of the size; a figure of pyplot is closed."

@@ -41,10 +41,13 @@ def test_titles_stand_left_whoever_made_them():
 def test_no_text_is_black():
     """On a dark page it could not be read."""
     fig = lines()
-    fig.axes[0].text(0, 0, 'plain'); fig.axes[0].text(1, 1, 'chosen', color='white')
+    ax = fig.axes[0]
+    ax.text(0, 0, 'plain'); ax.text(1, 1, 'chosen', color='white'); ax.text(1, 1, 'an array', color=[.2, .4, .6])
     vb.settle(fig)
-    assert [t.get_color() for t in fig.axes[0].texts] == [vb.INK, 'white']
-    assert [t.get_color() for t in fig.axes[0].get_legend().get_texts()] == [vb.INK]
+    assert [t.get_color() for t in ax.texts] == [vb.INK, 'white', [.2, .4, .6]]
+    assert [t.get_color() for t in ax.get_legend().get_texts()] == [vb.INK]
+    ax.legend(labelcolor=vb.INK)
+    assert vb.png(fig)
 
 
 def test_pyplot_figures_are_closed():
