@@ -129,7 +129,7 @@ def smi(folder, text):
 
 @pytest.mark.parametrize('gpus, hint', [('', 'this run wants 8 GPUs and this machine has none; rent them, or type: bash runs/speedrun.sh --toy'),
                                         ('NVIDIA H100 80GB HBM3, 81559, 9.0', 'wants 8 GPUs and this machine has 1; type: bash runs/speedrun.sh --gpus 1, or'),
-                                        ('\n'.join(['NVIDIA GeForce RTX 4090, 24564, 8.9'] * 8), 'give --device-batch-size 1')])
+                                        ('\n'.join(['NVIDIA GeForce RTX 4090, 24564, 8.9'] * 8), 'd24 with 16 rows needs about')])
 def test_what_lacks_is_said_before_any_work(warm, gpus, hint, tmp_path):
     tools = smi(tmp_path/'bin', gpus)
     env = dict(PATH=f'{warm.bin}{os.pathsep}{tools}{os.pathsep}{os.environ["PATH"]}')
