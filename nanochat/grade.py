@@ -579,7 +579,10 @@ def _plugin(student: Callable[[], Student], seed: int, only: int | None = None) 
         def give_student(self): return student()
 
         @pytest.fixture(name='rng')
-        def give_rng(self, request): return random.Random(f'{seed}/{request.node.originalname}')
+        def give_rng(self, request):
+            rng = random.Random(f'{seed}/{request.node.originalname}')
+            rng.grading = seed                                     # for what several tests share
+            return rng
 
         def pytest_configure(self, config): config.addinivalue_line('markers', 'points(n, exercise): what a test is worth, and in which exercise')
 

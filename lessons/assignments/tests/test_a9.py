@@ -104,7 +104,7 @@ def measured(settings, seeds):
 def mine(student, rng):
     """The student's bits and the baseline's, on seeds that depend on the grading's."""
     settings = check_settings(student.settings())
-    seeds = tuple(rng.randrange(10**6) for _ in range(3))
+    seeds = tuple(1000 * (rng.grading + 1) + i for i in range(3))
     return measured(tuple(sorted(settings.items())), seeds), measured(tuple(sorted(BASELINE.items())), seeds)
 
 
