@@ -46,8 +46,9 @@ class GradScaler:
         self.good, self.skipped = (self.good + 1, self.skipped) if finite else (0, self.skipped + 1)
         if not finite: self.scale /= 2
         elif self.good >= self.growth_interval: self.scale, self.good = min(self.scale * 2, 2.0**24), 0
-        if not finite and self.scale < LOWEST: raise UserError(f'gradients are not finite at a loss scale of {self.scale:g} either, so it is not the scale; no weight was changed by them. '
-                                                'Look at the learning rate and the data, or compute in another format: NANOCHAT_DTYPE=float32')
+        if finite or self.scale >= LOWEST: return
+        raise UserError(f'gradients are not finite at a loss scale of {self.scale:g} either, so it is not the scale; no weight was changed by them. '
+                        'Look at the learning rate and the data, or compute in another format: NANOCHAT_DTYPE=float32')
 
     def state_dict(self) -> dict[str, Any]:
         "What a checkpoint keeps."

@@ -87,7 +87,8 @@ def need_task_data(names: list[str], flag: str = '--tasks', splits: tuple[str, .
     "Raise `UserError` with the command to type if data of a task is not on this machine."
     absent = lambda data: any(where[2] in splits and not hub_folder(*where).is_dir() for where in TASK_DATA.get(data, []))
     missing = list(dict.fromkeys(TASKS[n].data for n in names if absent(TASKS[n].data)))
-    if missing: raise UserError(f"the data of {', '.join(missing)} is not on this machine; type: python -m nanochat.tasks.common {' '.join(missing)} (or: all), or give another {flag}")
+    if not missing: return
+    raise UserError(f"the data of {', '.join(missing)} is not on this machine; type: python -m nanochat.tasks.common {' '.join(missing)} (or: all), or give another {flag}")
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #41c22b4c
 def chosen(task: Task, max_problems: int | None) -> list[int]:
@@ -106,7 +107,8 @@ def gathered(records: list[dict]) -> list[dict]:
 def record(task: Task, index: int, conversation: dict, prompt: str, completion: str, verdict: dict | None = None, **more: Any) -> dict[str, Any]:
     "One marked item: the last question, all that the model read (`prompt`), the right answer, the model's, and the verdict: `correct`, `reward`, perhaps `why`."
     verdict = verdict or task.judge([conversation], [completion])[0]
-    return dict(index=index, question=conversation['messages'][-2]['content'], prompt=prompt, answer=completion_text(conversation), completion=completion, **verdict, **more)
+    return dict(index=index, question=conversation['messages'][-2]['content'], prompt=prompt, answer=completion_text(conversation),
+                completion=completion, **verdict, **more)
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #9bc0c9c6
 def evaluate_task_generative(task: Task, engine: Engine, *, max_problems: int | None = None, max_tokens: int = 64, batch_size: int = 64,
@@ -195,8 +197,8 @@ def evaluate_task(task: Task, engine: Engine, *, max_problems: int | None = None
     return evaluate_task_generative(task, engine, max_problems=max_problems, max_tokens=max_tokens, batch_size=batch_size, bar=bar)
 
 # %% ../../nbs/scripts/07_chat_eval.ipynb #ce78e78c
-def sample_task(task: Task, engine: Engine, num_samples: int, *, max_problems: int | None = None, max_tokens: int = 64, batch_size: int = 64, temperature: float = 1.0,
-                top_k: int | None = 50, seed: int = 42, bar: Progress | None = None) -> list[dict[str, Any]]:
+def sample_task(task: Task, engine: Engine, num_samples: int, *, max_problems: int | None = None, max_tokens: int = 64, batch_size: int = 64,
+                temperature: float = 1.0, top_k: int | None = 50, seed: int = 42, bar: Progress | None = None) -> list[dict[str, Any]]:
     "Per item, by index: `samples`, a list of `num_samples` sampled answers with their verdicts. Each item has a seed of its own, so batches and ranks change nothing."
     tok, found, mine, width = engine.tokenizer, [], chosen(task, max_problems), max(1, 4 * batch_size // num_samples)
     for start in range(0, len(mine), width):

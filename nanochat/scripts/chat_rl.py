@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_manager import find_run, init_run, load_model, run_dir, save_checkpoint, settle_run
-from ..common import Progress, UserError, append_jsonl, atomic_write, cli, compute_dtype, detect_device, distributed, get_ranks, peak_memory_bytes, print0, read_jsonl
+from ..common import Progress, UserError, append_jsonl, atomic_write, cli, compute_dtype, detect_device, distributed, get_ranks
+from ..common import peak_memory_bytes, print0, read_jsonl
 from ..engine import Engine
 from ..grad_scale import GradScaler, scaler_for
 from ..report import log_result, show_again

@@ -76,7 +76,8 @@ class TuneConfig:
     resume: bool = False  # go on with the run's own settings, whatever is given here
     fresh: bool = False  # delete the run of that name and begin again
 
-INCIDENTAL = ('model_tag', 'out_tag', 'eval_every', 'eval_size', 'chatcore_every', 'chatcore_max_problems', 'chatcore_tasks', 'tracker', 'save_every', 'keep', 'compile', 'device', 'resume', 'fresh')
+INCIDENTAL = ('model_tag', 'out_tag', 'eval_every', 'eval_size', 'chatcore_every', 'chatcore_max_problems', 'chatcore_tasks', 'tracker',
+              'save_every', 'keep', 'compile', 'device', 'resume', 'fresh')
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #214a4ccf
 SIZES = {  # settings of the offline mixture and the parts that they size
@@ -90,7 +91,8 @@ def with_mixture(cfg: TuneConfig, corpus: str | None) -> TuneConfig:
     items, usual = parse_mixture(name), type(cfg)()
     for f in (*SIZES, 'identity'):
         if getattr(cfg, f) == getattr(usual, f): continue
-        raise UserError(f"--{f.replace('_', '-')} belongs to the offline mixture, and this run takes another ({name}); give --mixture offline, or write the number into the list: {SIZES.get(f, f)}:{getattr(cfg, f)}")
+        raise UserError(f"--{f.replace('_', '-')} belongs to the offline mixture, and this run takes another ({name}); "
+                        f"give --mixture offline, or write the number into the list: {SIZES.get(f, f)}:{getattr(cfg, f)}")
     return dataclasses.replace(cfg, mixture=', '.join(map(str, items)))
 
 def items_of(cfg: TuneConfig) -> list[Item]:
@@ -238,7 +240,8 @@ def build(setup: Setup) -> tuple[GPT, torch.optim.Optimizer]:
     for g in optimizer.param_groups: g['lr'] = g['initial_lr'] = g['initial_lr'] * setup.cfg.rate
     if setup.origin.optim_state is not None and not setup.cfg.fresh_momentum:
         try: load_momentum(optimizer, setup.origin.optim_state)
-        except (ValueError, KeyError, RuntimeError) as e: raise UserError(f"the optimizer in the checkpoint of {setup.cfg.source} does not fit this model ({e}); give --fresh-momentum to begin without it") from e
+        except (ValueError, KeyError, RuntimeError) as e:
+            raise UserError(f"the optimizer in the checkpoint of {setup.cfg.source} does not fit this model ({e}); give --fresh-momentum to begin without it") from e
     return model, optimizer
 
 def training_loader(setup: Setup, state: dict | None = None) -> Iterator:
@@ -291,8 +294,10 @@ def job_for(setup: Setup) -> Job:
     plan_dict = dict(plan=dataclasses.asdict(plan), model_config=dataclasses.asdict(setup.config))
     config = setup.stored or dataclasses.asdict(cfg) | identity(cfg, setup.origin) | plan_dict
     loop = Loop(save_every=every(cfg.save_every, plan.num_iterations), keep=cfg.keep, peak_flops=peak_flops(setup.device))
-    meta = dict(depth=setup.config.n_layer, source=cfg.source, corpus=corpus_of(cfg, setup.origin), device_batch_size=setup.rows, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint())
-    return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, hooks_for(setup, model), meta, setup.stored is None, cfg.tracker)
+    meta = dict(depth=setup.config.n_layer, source=cfg.source, corpus=corpus_of(cfg, setup.origin),
+                device_batch_size=setup.rows, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint())
+    return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state),
+               plan, loop, hooks_for(setup, model), meta, setup.stored is None, cfg.tracker)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #b7fe8b0b
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
@@ -300,7 +305,8 @@ def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any
     seconds, speed = max(time.perf_counter() - start, trained.seconds), trained.tokens / max(trained.seconds, 1e-9)
     return dict(tag=setup.run.name, source=setup.cfg.source, mixture=setup.cfg.mixture, conversations=len(setup.task), num_iterations=trained.step, tokens=trained.tokens,
                 total_batch_size=setup.plan.total_batch_size, loss=trained.loss, **trained.evals, seconds=round(seconds, 2),
-                tok_per_sec=round(speed), mfu=utilisation(setup.plan, speed, peak_flops(setup.device)), memory=peak_memory_bytes(setup.device), samples=chat_samples(job.model, setup.tokenizer))
+                tok_per_sec=round(speed), mfu=utilisation(setup.plan, speed, peak_flops(setup.device)),
+                memory=peak_memory_bytes(setup.device), samples=chat_samples(job.model, setup.tokenizer))
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #8782d241
 def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
@@ -314,7 +320,8 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
             print0(f'{setup.run.name} is complete with these settings: {setup.run}')
             return done | dict(skipped=True)
         if setup.cfg.minutes and setup.cfg.num_iterations is None and not setup.stored: setup.plan = within_minutes(setup, start)
-        print0(f'{setup.run.name}: {len(setup.task)} conversations ({setup.cfg.mixture}), {human(setup.plan.tokens)} tokens, loss on {stage.loss_on} tokens, from the {cfg.source} model')
+        print0(f'{setup.run.name}: {len(setup.task)} conversations ({setup.cfg.mixture}), {human(setup.plan.tokens)} tokens, '
+               f'loss on {stage.loss_on} tokens, from the {cfg.source} model')
         job = job_for(setup)
         trained = run_job(job, stage.verb, compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)
         result = summary(setup, job, trained, start)
@@ -322,7 +329,8 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
             log_result(stage.name, result)
             atomic_write(setup.run/'result.json', json.dumps(result, indent=1))
         asked = f", ChatCORE {trained.evals['chatcore']:.3f}" if 'chatcore' in trained.evals else ''
-        print0(f"{setup.run.name}: {trained.evals['val_loss']:.4f} nats per token on held-out conversations{asked} after {human_time(result['seconds'])}, in {setup.run}")
+        print0(f"{setup.run.name}: {trained.evals['val_loss']:.4f} nats per token on held-out conversations{asked} "
+               f"after {human_time(result['seconds'])}, in {setup.run}")
         return result
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #bffb2898

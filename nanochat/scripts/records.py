@@ -29,8 +29,8 @@ def record_files(where: Path | str = 'sft', model_tag: str | None = None) -> lis
 def load_records(where: Path | str = 'sft', model_tag: str | None = None) -> list[dict[str, Any]]:
     "All records, each with its `task`. Raises `UserError` for a file that holds something else."
     records = [dict(r, task=r.get('task') or f.stem.removeprefix('eval_')) for f in record_files(where, model_tag) for r in read_jsonl(f)]
-    if not all('completion' in r and 'correct' in r for r in records): raise UserError(f'{where} holds lines that are no records of chat_eval; give a file eval_TASK.jsonl, or the run that it lies in')
-    return records
+    if all('completion' in r and 'correct' in r for r in records): return records
+    raise UserError(f'{where} holds lines that are no records of chat_eval; give a file eval_TASK.jsonl, or the run that it lies in')
 
 # %% ../../nbs/scripts/16_records.ipynb #007c99fe
 VERDICTS = ('all', 'right', 'wrong', 'within reach')
@@ -59,7 +59,8 @@ def record_text(record: dict[str, Any]) -> str:
     "A record as plain text: question, choices with their losses or odds, answer, reference, verdict, samples."
     offered = [f"    {c}: {n}" for c, n in zip(record.get('choices', []), record.get('losses') or record.get('odds') or [])]
     samples = [f"    {'right' if s['correct'] else 'wrong'}: {readable(s['completion'])}" for s in record.get('samples', [])]
-    return '\n'.join([f"{record['task']} {record['index']}: {verdict_of(record)}" + (f" ({record['why']})" if record.get('why') else ''), f"  asked    {record['question'].strip()}", *offered,
+    head = f"{record['task']} {record['index']}: {verdict_of(record)}" + (f" ({record['why']})" if record.get('why') else '')
+    return '\n'.join([head, f"  asked    {record['question'].strip()}", *offered,
                       f"  said     {readable(record['completion'])}", f"  right is {readable(record['answer'])}", *samples])
 
 # %% ../../nbs/scripts/16_records.ipynb #a010eb92
@@ -89,7 +90,8 @@ def record_html(record: dict[str, Any]) -> str:
     samples = ''.join(block(badge('right' if s['correct'] else 'wrong'), answer_html(s['completion'])) for s in record.get('samples', []))
     hits = sum(s['correct'] for s in record.get('samples', []))
     why = f" ({html.escape(str(record['why']))})" if record.get('why') else ''
-    return (f'<div style="border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.5em .9em;margin:.5em 0"><small>{html.escape(record["task"])} {record["index"]}</small> {badge(verdict_of(record))}{why}'
+    head = f'<small>{html.escape(record["task"])} {record["index"]}</small> {badge(verdict_of(record))}{why}'
+    return (f'<div style="border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.5em .9em;margin:.5em 0">{head}'
             + block('asked', html.escape(record['question'].strip())) + (block('choices, with mean loss', offered) if offered else '')
             + block('said', answer_html(record['completion'])) + block('right is', answer_html(record['answer']))
             + (f'<details><summary>{hits} of {len(record["samples"])} samples are right</summary>{samples}</details>' if samples else '')
@@ -104,7 +106,8 @@ def short(text: str, n: int = 90) -> str:
 def table_html(records: Sequence[dict[str, Any]], limit: int = 50) -> str:
     "The first `limit` records as an HTML table."
     cell = lambda text: f'<td style="text-align:left;vertical-align:top">{text}</td>'
-    rows = ''.join('<tr>' + ''.join(map(cell, (html.escape(r['task']), badge(verdict_of(r)), *(html.escape(short(r[k])) for k in ('question', 'completion', 'answer'))))) + '</tr>' for r in records[:limit])
+    cells = lambda r: (html.escape(r['task']), badge(verdict_of(r)), *(html.escape(short(r[k])) for k in ('question', 'completion', 'answer')))
+    rows = ''.join('<tr>' + ''.join(map(cell, cells(r))) + '</tr>' for r in records[:limit])
     head = ''.join(f'<th style="text-align:left">{name}</th>' for name in ('task', 'verdict', 'asked', 'said', 'right is'))
     return f'<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>' + (f'<p>{limit} of {len(records)}</p>' if len(records) > limit else '')
 

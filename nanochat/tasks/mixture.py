@@ -117,7 +117,8 @@ def toml_mixture(path: Path) -> list[Item]:
 def need_data(items: Sequence[Item]) -> None:
     "Raise `UserError` with the command to type if a set of the hub is not on this machine."
     names = list(dict.fromkeys(PARTS[i.name].data for i in items if i.name in PARTS and PARTS[i.name].missing()))
-    if names: raise UserError(f"the data of {', '.join(names)} is not on this machine; type: python -m nanochat.tasks.common {' '.join(names)} (or: all), or leave it out of --mixture")
+    if names: raise UserError(f"the data of {', '.join(names)} is not on this machine; type: python -m nanochat.tasks.common "
+                              f"{' '.join(names)} (or: all), or leave it out of --mixture")
 
 def make_part(item: Item, split: str = 'train') -> Task:
     "The task of one entry, once. Raises `UserError` for a count beyond the set."
