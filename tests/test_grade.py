@@ -70,7 +70,7 @@ def test_walls_hold(what, cell, nursery):
 @walled
 def test_the_master_cannot_be_seen(nursery):
     """Neither the project's folder nor the tests: a submission cannot read its answers there."""
-    s = Student([f"import os, sys\ndef seen(): return [p for p in ({str(ROOT)!r}, {str(ROOT.parents[1])!r}) if os.path.exists(p)] + [m for m in sys.modules if 'test_a' in m]"], nursery, LIMITS)
+    s = Student([f"import os, sys\ndef seen(): return [p for p in {[str(ROOT), *(str(ROOT.parents[1]/n) for n in ('lessons', 'nbs', 'tests', 'README.md'))]!r} if os.path.exists(p)] + [m for m in sys.modules if 'test_a' in m]"], nursery, LIMITS)
     assert s.seen() == []
     s.close()
 
