@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a commit: notebooks and package agree, every notebook runs, every test passes.
-# Under ten minutes on two cores. Arguments go to pytest: bash runs/test.sh -k tokenizer
+# Ten to fifteen minutes on two cores. Arguments go to pytest: bash runs/test.sh -k tokenizer
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
@@ -21,4 +21,4 @@ say "2/3  Every notebook of nbs/ runs"
 nbdev_test --n_workers 2 --do_print
 
 say "3/3  Tests, in two processes"
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

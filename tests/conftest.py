@@ -30,3 +30,13 @@ def shared_data():
     """The folder of real data, or a skip that says why."""
     if not SHARED.exists(): pytest.skip(f'no real data at {SHARED}; set NANOCHAT_SHARED_DATA to the folder that holds it')
     return SHARED
+
+
+# The longest first, in the order of their seconds: with two workers the short ones then fill up the end.
+LONGEST = ('test_quickstart', 'test_lessons_browser', 'test_lessons', 'test_runs', 'test_sandbox', 'test_train', 'test_demo', 'test_server_load', 'test_assignments', 'test_grade')
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long go first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
