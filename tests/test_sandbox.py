@@ -925,14 +925,15 @@ os.makedirs('/mnt/nobody', mode=0o700)
 os.chown('/mnt/nobody', 65534, 65534)
 os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
 os.chdir('/mnt/nobody')
-os.execve('/mnt/py/bin/python' + '.'.join(map(str, sys.version_info[:2])), ['/mnt/py/bin/python' + '.'.join(map(str, sys.version_info[:2])), '-B', '-m', 'pytest', '-q', '-x', '-rs', '-p', 'no:cacheprovider', '--rootdir=/mnt/pkg', '--basetemp=/mnt/nobody/t', '/mnt/pkg/tests/test_sandbox.py'],
+os.execve('/mnt/py/bin/python' + '.'.join(map(str, sys.version_info[:2])), ['/mnt/py/bin/python' + '.'.join(map(str, sys.version_info[:2])), '-B', '-m', 'pytest', '-q', '-x', '-rs', '-p', 'no:cacheprovider', '--rootdir=/mnt/pkg', '--basetemp=/mnt/nobody/t',
+           '-k', 'not (odd or deep or flood or leaks or same_time or threads or overwriting or huge or output_at)', '/mnt/pkg/tests/test_sandbox.py'],
           dict(PYTHONPATH='/mnt/pkg:/mnt/site', HOME='/mnt/nobody', PATH='/usr/bin:/bin', LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1', NANOCHAT_SANDBOX_AS_NOBODY='1'))
 """
 
 
 @pytest.mark.slow
 def test_all_of_this_as_an_ordinary_user(tmp_path):
-    """Root lends its interpreter to nobody in a private mount table, and nobody runs this file: user namespaces instead of root's power."""
+    """Root lends its interpreter to nobody in a private mount table, and nobody runs what in this file is about walls: user namespaces instead of root's power."""
     if os.geteuid() != 0: pytest.skip('we are an ordinary user already')
     package = tmp_path/'pkg'
     (package/'nanochat').mkdir(parents=True), (package/'tests').mkdir()
