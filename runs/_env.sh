@@ -30,9 +30,10 @@ install() {
         [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
         # shellcheck disable=SC1091
         . "$venv/bin/activate"
+        # --no-compile: Python compiles what it imports, not all that is there.
         # The newest plain build is several GB of CUDA libraries; without a GPU this pinned one is what CI tests.
-        command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || pip install --quiet --disable-pip-version-check torch==2.13.0
-        pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]"
+        command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+        pip install --quiet --no-compile --disable-pip-version-check -e "$ROOT[$extra]"
         printf %s "$want" >"$stamp"
     fi
     # shellcheck disable=SC1091
