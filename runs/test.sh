@@ -20,6 +20,5 @@ python dev/check_export.py
 say "2/3  Every notebook of nbs/ runs"
 nbdev_test --n_workers 2 --do_print
 
-# Three workers for two cores: a quarter of the time is spent waiting for servers, browsers and clocks.
-say "3/3  Tests, in three processes"
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+say "3/3  Tests, in two processes"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
