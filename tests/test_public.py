@@ -423,7 +423,6 @@ def test_the_commands_are_found(): assert {'base_eval', 'chat_cli', 'chat_web', 
 
 @pytest.mark.parametrize('script', COMMANDS)
 def test_every_command_with_a_source_takes_a_path(script):
-    if 'path' not in COMMANDS[script].__dataclass_fields__: pytest.skip(f'{script} has no --path yet')
     cfg = parse_config(COMMANDS[script], ['--source', 'public', '--path', 'some/where'])
     assert cfg.source == 'public' and cfg.path == 'some/where'
 
@@ -431,7 +430,6 @@ def test_every_command_with_a_source_takes_a_path(script):
 def test_chat_in_the_terminal(shared_data, fp32, tmp_path, monkeypatch, capsys):
     """A public model answers from the command line, greedily, what the reference answered; its directory stays as it was."""
     chat_cli = importlib.import_module('nanochat.scripts.chat_cli')
-    if 'path' not in chat_cli.ChatConfig.__dataclass_fields__: pytest.skip('chat_cli has no --path yet')
     run = shared_data/'reference'/'base_checkpoints'/'d4'
     before = files(shared_data/'reference')
     monkeypatch.setattr(sys, 'argv', ['chat_cli', '--source', 'public', '--path', str(run), '-p', 'Hello', '--temperature', '0', '--max-tokens', '8', '--device', 'cpu'])
