@@ -13,5 +13,7 @@ case ${1:-} in -h|--help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; ex
 install course
 # A kernel named python3 in the user's own folder would win over the environment's, and would not know nanochat.
 export JUPYTER_PREFER_ENV_PATH=1 GRADIO_ANALYTICS_ENABLED=False HF_HUB_OFFLINE=1
+# No question about news and no request to the network: the extension that asks is off, for this start only.
+export JUPYTER_CONFIG_PATH="$ROOT/runs/jupyter${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
 say "Opening lesson 0; Ctrl-C twice ends JupyterLab"
-exec jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate "$@" lessons/00_start_here.ipynb
+exec jupyter lab "$@" lessons/00_start_here.ipynb

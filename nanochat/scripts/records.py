@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_manager import PHASES, newest_tag, run_dir
+from ..checkpoint_manager import PHASES, find_run, newest_tag, results_dir, run_dir
 from ..common import UserError, atomic_write, cli, print0, read_jsonl
 
 # %% ../../nbs/scripts/16_records.ipynb #f1bb5b9f
@@ -180,7 +180,8 @@ def explore_records(where: Path | str | Sequence[dict[str, Any]] = 'sft', model_
 @dataclass
 class RecordsConfig:
     "Read what a model said in chat_eval."
-    source: str = 'sft'  # a stage (base, mid, sft, rl), a run's directory, or a file eval_TASK.jsonl
+    source: str = 'sft'  # a stage (base, mid, sft, rl), a run's directory, a file eval_TASK.jsonl, or public (see path)
+    path: str = ''  # with --source public: the checkpoint directory of the public nanochat that chat_eval was given
     model_tag: str | None = None  # the stage's run; the deepest if left out
     task: str = 'all'  # only this task
     verdict: str = 'all'  # right, wrong, or 'within reach': wrong at first, right in a sample
@@ -190,7 +191,8 @@ class RecordsConfig:
 
 def show_records(cfg: RecordsConfig) -> list[dict[str, Any]]:
     "Print the records that fit, or write them to a page; returns them."
-    found = select(load_records(cfg.source, cfg.model_tag), cfg.task, cfg.verdict, cfg.search)
+    where = results_dir(cfg.source, find_run(cfg.source, path=cfg.path or None)) if cfg.path or cfg.source == 'public' else cfg.source
+    found = select(load_records(where, cfg.model_tag), cfg.task, cfg.verdict, cfg.search)
     if cfg.html:
         page = '<meta charset="utf8"><title>records</title><body style="font-family:sans-serif;max-width:60em;margin:auto">'
         atomic_write(cfg.html, page + ''.join(map(record_html, found)))
