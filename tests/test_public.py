@@ -444,7 +444,7 @@ def test_records_of_a_public_model_are_found(shared_data, base_directory, capsys
     """What chat_eval wrote about somebody else's model, read with the same two options."""
     from nanochat.scripts.records import RecordsConfig, show_records
     run = shared_data/'reference'/'base_checkpoints'/'d4'
-    record = dict(task='letters', question='Which?', completion='that', answer='this', correct=False)
+    record = dict(index=0, task='letters', question='Which?', completion='that', answer='this', correct=False)
     (cm.results_dir('public', cm.find_run('public', path=run))/'eval_letters.jsonl').write_text(json.dumps(record) + '\n')
     assert show_records(RecordsConfig(source='public', path=str(run))) == [record] and '1 of 1' in capsys.readouterr().out
     with pytest.raises(UserError, match='--path'): show_records(RecordsConfig(source='public'))
