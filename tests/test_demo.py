@@ -544,13 +544,15 @@ def test_light_and_dark(visitor, scheme):
     v = visitor(color_scheme=scheme)
     dark = lambda: v.page.evaluate('document.body.classList.contains("dark")')
     light_of = lambda what, kind: sum(map(int, v.page.evaluate(f'getComputedStyle(document.querySelector("{what}")).{kind}').split('(')[1].split(')')[0].split(',')[:3]))
+    stands_out = lambda: (light_of('gradio-app', 'backgroundColor') < 200) == dark() and abs(light_of('#chat h2', 'color') - light_of('gradio-app', 'backgroundColor')) > 400
+    v.page.wait_for_selector('#chat h2')   # drawn after the status line on a slow machine
     assert dark() == (scheme == 'dark')
     for _ in range(2):
-        assert (light_of('gradio-app', 'backgroundColor') < 200) == dark() and abs(light_of('#chat h2', 'color') - light_of('gradio-app', 'backgroundColor')) > 400
+        wait_for(stands_out, 5)            # colours may fade over
         v.page.click('#dark')
     v.page.click('#dark')
     v.reload()
-    v.page.wait_for_selector('#chat .examples')
+    v.page.wait_for_selector('#chat h2')
     wait_for(lambda: dark() == (scheme == 'light'), 5)
 
 
