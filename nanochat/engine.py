@@ -82,9 +82,9 @@ def next_token_odds(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     ids = None
     if top_k: logits, ids = torch.topk(logits, min(top_k, logits.shape[-1]))
     elif top_p and top_p < 1: logits, ids = torch.sort(logits, descending=True)
-    logits = logits.float()
-    if softcap: logits = softcap * torch.tanh(logits / softcap)
-    probs = torch.softmax(logits / max(temperature, 1e-6), dim=-1)  # below that, the quotient would be infinite
+    logits, temperature = logits.to(torch.float32, copy=True), max(temperature, 1e-6)  # below that, the quotient would be infinite
+    logits = logits.div_(softcap).tanh_().mul_(softcap / temperature) if softcap else logits.div_(temperature)
+    probs = torch.softmax(logits, dim=-1)
     if top_p and top_p < 1:
         before = probs.cumsum(-1) - probs          # the share of all better tokens
         probs = probs.masked_fill(before >= top_p, 0.0)
@@ -328,6 +328,9 @@ class ForwardRunner:
         c = self.model.config
         return KVCache(rows, c.n_kv_head, length, c.n_embd // c.n_head, c.n_layer, self.device, model_dtype(self.model))
 
+    def spare(self, cache: KVCache) -> None:
+        "`cache` from `scratch` is not needed any more."
+
     def slots(self, slots: int, length: int) -> 'SlotCache':
         "An empty cache for decoding in at most `slots` rows of at most `length` tokens."
         return SlotCache(self.model, slots, min(length, 256), length, model_dtype(self.model))
@@ -350,7 +353,7 @@ def draw_group(logits: Tensor, rows: list[Row], draw: Draw, softcap: float | Non
 def draw_tokens(logits: Tensor, rows: list[Row], softcap: float | None = None) -> Tensor:
     "The next token of every row, (n,), left on the device; logits (n, V)."
     first = rows[0].draw
-    if all(row.draw is first for row in rows): return draw_group(logits, rows, first, softcap)
+    if all(row.draw is first or row.draw == first for row in rows): return draw_group(logits, rows, first, softcap)
     groups: dict[Draw, list[int]] = {}
     for i, row in enumerate(rows): groups.setdefault(row.draw, []).append(i)
     out = torch.empty(len(rows), dtype=torch.long, device=logits.device)
@@ -392,6 +395,7 @@ class Rows:
         copies = len(rows) // len(logits)
         drawn = self._drawn(logits.repeat_interleave(copies, dim=0) if copies > 1 else logits, rows)  # what fails, fails before anything has changed
         self.cache.admit(cache, copies)
+        self.runner.spare(cache)
         self.rows, self.drawn = self.rows + rows, self.drawn + [drawn]
 
     def _drawn(self, logits: Tensor, rows: list[Row]) -> tuple[Tensor, Arriving]:
@@ -836,22 +840,22 @@ class SchedulerPrompts(SchedulerDelivery):
 # %% ../nbs/12_engine.ipynb #a316d6f4
 class SchedulerReading(SchedulerPrompts):
     "Reading prompts, a chunk at a time."
-    def _read_chunk(self) -> bool:
-        "Read up to a chunk of one prompt; False when there is nothing to read or no slot for it. What goes wrong here concerns nobody else."
-        if not self.reading and (not self.waiting or not self.batch.free): return False
+    def _read_chunk(self) -> int:
+        "Read up to a chunk of one prompt: how many tokens, 0 when there is nothing to read or no slot for it. What goes wrong here concerns nobody else."
+        if not self.reading and (not self.waiting or not self.batch.free): return 0
         try:
             if not self.reading: self._next()
-            self._read_on(*self.reading)
+            return self._read_on(*self.reading)
         except Exception as e: self._end([self.reading[0]], 'error', e)
-        else: return True
         self.reading = None
-        return True
+        return 1
 
-    def _read_on(self, ticket: Ticket, cache: Any, n: int) -> None:
+    def _read_on(self, ticket: Ticket, cache: Any, n: int) -> int:
         ids = ticket.prompt[n:n + self.chunk]
         logits = self.batch.runner.read(torch.tensor([ids], device=self.batch.runner.device), cache)
         self.reading = ticket, cache, n + len(ids)
         if n + len(ids) == len(ticket.prompt): self._admit(ticket, cache, logits)
+        return len(ids)
 
 # %% ../nbs/12_engine.ipynb #4bc3c373
 class SchedulerLoop(SchedulerReading):
@@ -869,8 +873,20 @@ class SchedulerLoop(SchedulerReading):
         if self.batch is None: self._open()
         self._cancel()
         self.batch.feed()
-        while self._read_chunk() and self.batch.free and not self.batch.rows: self._cancel()  # nobody is kept waiting by reading on
+        self._read()
         if self.batch.rows: self._deliver(self.batch.take())
+
+    def _read(self) -> None:
+        "Before a step: a chunk of prompts, a short one counted as a quarter of it (that long it takes); more while there is no row to keep waiting."
+        left = self.chunk
+        while self._next_size() <= left and (n := self._read_chunk()):
+            if self.batch.rows: left -= max(n, self.chunk // 4)
+            else: self._cancel()
+
+    def _next_size(self) -> int:
+        "The most tokens that the next chunk can have. A prompt is cut at multiples of a chunk, whatever else there is to read."
+        ticket, _, n = self.reading or (self.waiting[0] if self.waiting else None, None, 0)
+        return max(1, min(self.chunk, len(ticket.prompt) - n)) if ticket else 1
 
 # %% ../nbs/12_engine.ipynb #66c4bb54
 class Columns:

@@ -10,6 +10,7 @@ __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer',
            'RecordedGPT', 'runner_for']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -234,6 +235,13 @@ class RingCopies(CopiedRows):
         self.rows = 0
         return self
 
+    def emptied(self) -> 'RingCopies':
+        "All slots in use and nothing read. What the memory holds is masked from now on, and finite."
+        self.rows, self.known = self.slots, [0] * self.slots
+        self.lengths.zero_()
+        self.last.fill_(self.no_token)
+        return self
+
     def admit(self, other: RingMemory, copies: int = 1) -> None:
         "Each row of `other` takes `copies` slots behind those in use."
         for row in range(other.rows):
@@ -253,7 +261,7 @@ class RingCache(RingCopies):
     "Ring memory whose rows are admitted, released, kept and continued."
     def kept(self, row: int) -> 'RingCache':
         "A copy of one row, to be continued later."
-        copy = RingCache(self.windows, 1, self.length, self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
+        copy = RingCache(self.windows, 1, pad_to(self.known[row], 64), self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
         copy._copy(self, row, 0)
         return copy
 
@@ -302,6 +310,7 @@ class MergedGPT:
         cos, sin = (F.pad(t[0, :, 0].float(), (0, 0, 0, 1)) for t in (model.cos, model.sin))  # a step ahead of the host may be one position too far
         self.cos, self.sin = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, -sin], -1)[:, None]  # (positions, 1, D)
         self.places = torch.arange(CHUNK, device=self.device)
+        self.spares: deque = deque(maxlen=1)  # a cache for the next prompt; several schedulers may take it, each from a thread of its own
         self.stream = torch.float32 if self.device.type == 'cpu' else self.dtype  # the residual stream: fp32 saves casts on a CPU
         self.x0 = torch.tensor([layer.x0 for layer in self.read_layers], device=self.device, dtype=self.stream)[:, None, None] if c.layer_scalars else None
 
@@ -373,7 +382,13 @@ class RunnerMemory(MergedSteps):
     "The caches to read prompts with and to decode in, and what they are told."
     def scratch(self, rows: int, length: int) -> RingCache:
         "An empty cache for reading `rows` prompts."
-        return self.new_cache(rows, length, CHUNK)
+        try: cache = self.spares.pop()  # fresh memory costs up to 0.9 ms a layer on a busy machine
+        except IndexError: cache = None
+        return cache.emptied() if cache and (cache.slots, cache.length) == (rows, length) else self.new_cache(rows, length, CHUNK)
+
+    def spare(self, cache: RingCache) -> None:
+        "`cache` from `scratch` is not needed any more."
+        self.spares.append(cache)
 
     def slots(self, slots: int, length: int) -> RingCache:
         "An empty cache for decoding in at most `slots` rows."
