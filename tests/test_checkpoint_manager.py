@@ -1,5 +1,5 @@
 """Checkpoints: what a kill, a full disk, a flipped bit or a foreign file can do to them. Real processes, real SIGKILL."""
-import errno, json, os, signal, subprocess, sys, time
+import errno, json, os, subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
+from warm_python import warm_python
 
 CPU = torch.device('cpu')
 
@@ -111,7 +112,7 @@ print('saved', newest, 'debris', debris)
 def test_sixty_kills_never_lose_the_newest_checkpoint(tmp_path):
     run = tmp_path/'run'
     run.mkdir()
-    out = subprocess.run([sys.executable, '-c', SAVER, str(run), '60'], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([warm_python().python, '-c', SAVER, str(run), '60'], env=warm_python().environ(), capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     saved, debris = (int(out.stdout.split()[i]) for i in (1, 3))
     assert saved >= 10, 'hardly anything was saved: the kills came too early to test anything'

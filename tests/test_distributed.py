@@ -1,7 +1,9 @@
 """Every stage with two processes, as torchrun starts them: each ends well, and one of the two speaks and writes."""
-import json, os, subprocess, sys
+import json, os, subprocess
 
 import pytest
+
+from warm_python import warm_python
 
 SIZE = '--depth 1 --head-dim 32 --aspect-ratio 32 --sequence-len 64 --device-batch-size 2 --total-batch-size 256 --eval-tokens 256 --num-iterations 2'
 CHATS = ('--spelling-bee 0 --simple-spelling 0 --arithmetic 40 --arithmetic-stories 0 --pydoc 0 --pydoc-choice 0 --pydoc-name 0 --pydoc-pick 0 '
@@ -48,8 +50,8 @@ def test_every_stage_with_two_processes(base_directory, tmp_path, fp32):
     (tmp_path/'text').mkdir()
     for i in range(60): (tmp_path/'text'/f'{i}.txt').write_text(f'Story {i}. The old cat saw {i} dogs and the red cat saw {i} mice. What a day it was, number {i}.')
     stages = [(name, args.replace('TEXT', str(tmp_path/'text'))) for name, args in STAGES]
-    env = dict(os.environ, NANOCHAT_DEVICE='cpu')
-    done = subprocess.run([sys.executable, '-c', DRIVER, json.dumps(stages), str(tmp_path)], capture_output=True, text=True, env=env, timeout=400)
+    env = warm_python().environ(NANOCHAT_DEVICE='cpu')
+    done = subprocess.run([warm_python().python, '-c', DRIVER, json.dumps(stages), str(tmp_path)], capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr
     said = lambda stage, rank, stream='out': (tmp_path/f'{stage}.{rank}.{stream}').read_text()
     for stage, codes in json.loads(done.stdout).items():

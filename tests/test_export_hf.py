@@ -11,6 +11,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scripts import export_hf as eh
 from nanochat.tokenizer import RustBPETokenizer
+from warm_python import warm_python
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec('transformers') is None, reason='transformers is not installed')
 PARTS_OFF = dict(value_embeds=False, smear=False, backout=False, layer_scalars=False)
@@ -378,7 +379,7 @@ def test_command_line_without_transformers(exported, tmp_path):
     """The export itself needs no transformers: in this process, importing it fails."""
     code = "import sys; sys.modules['transformers'] = None; from nanochat.scripts import export_hf; export_hf.main()"
     args = ['--source', 'public', '--path', str(exported['place']/'theirs'/'base_checkpoints'/'d3'), '--out', str(tmp_path/'x')]
-    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    done = subprocess.run([warm_python().python, '-c', code, *args], env=warm_python().environ(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trust_remote_code=True" in done.stdout and (tmp_path/'x'/'modeling_nanochat.py').exists()
     assert (tmp_path/'x'/'model.safetensors').read_bytes() == (Path(exported['folders']['public'])/'model.safetensors').read_bytes()

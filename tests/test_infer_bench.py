@@ -1,9 +1,7 @@
 """The inference benchmark: its plain program is the same model; its figures agree with each other; its command line works at tiny sizes. Nothing is timed."""
 import json
 import math
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from nanochat.common import UserError
 from nanochat.engine import Draw, Engine
 from nanochat.scaling import gpt_config
 from nanochat.scripts import infer_bench as ib
+from warm_python import warm_python
 
 TINY = dict(depth=2, vocab_size=300, sequence_len=128, device='cpu', batch_sizes=(1, 2), prompt_lengths=(8, 20), prompts_at_once=3, context=16, new_tokens=6, many=6, concurrency=3, rounds=1)
 
@@ -22,8 +21,8 @@ def flags(**options):
 
 
 def command(*words, cwd):
-    env = os.environ | {'NANOCHAT_BASE_DIR': str(cwd), 'OMP_NUM_THREADS': '1', 'NANOCHAT_DTYPE': 'float32'}
-    return subprocess.run([sys.executable, '-m', 'nanochat.scripts.infer_bench', *words], capture_output=True, text=True, cwd=cwd, env=env)
+    env = warm_python().environ(NANOCHAT_BASE_DIR=str(cwd), NANOCHAT_DTYPE='float32')
+    return subprocess.run([warm_python().python, '-m', 'nanochat.scripts.infer_bench', *words], capture_output=True, text=True, cwd=cwd, env=env)
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 """Ctrl-C, as a real SIGINT to a real process: exit code 130, one line, nothing half-written, and the same command goes on."""
-import importlib, json, re, signal, shutil, subprocess, sys, time
+import json, re, signal, shutil, subprocess, time
 
 import pytest
 
@@ -7,10 +7,16 @@ from nanochat.checkpoint_manager import list_checkpoints, load_checkpoint, run_d
 from nanochat.common import read_jsonl
 from nanochat.dataset import open_corpus
 from nanochat.tokenizer import get_tokenizer
+from warm_python import warm_python
 
 SIZE = '--device cpu --depth 1 --head-dim 32 --aspect-ratio 32 --sequence-len 128 --device-batch-size 2 --total-batch-size 256 --eval-tokens 256 --num-iterations 2'.split()
 CHATS = ('--device cpu --spelling-bee 0 --simple-spelling 40 --arithmetic 0 --arithmetic-stories 0 --pydoc 0 --pydoc-choice 0 --pydoc-name 0 --pydoc-pick 0 --identity 0 '
          '--eval-size 4').split()
+
+
+def command(module, args, **env):
+    """A program, forked from a process that has imported everything."""
+    return dict(args=[warm_python().python, '-m', f'nanochat.{module}', *map(str, args)], env=warm_python().environ(**env))
 
 
 @pytest.fixture(scope='module')
@@ -18,11 +24,8 @@ def trained(tmp_path_factory):
     """A base directory with a corpus, a tokenizer, a base model and a fine-tuned one, all tiny."""
     text, home = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('trained')
     for i in range(60): (text/f'{i}.txt').write_text(f'Story {i}. ' + ' '.join(f'The {a} cat saw {b} dogs.' for a in ('old', 'red', 'shy') for b in range(i, i + 5)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('NANOCHAT_BASE_DIR', str(home)), patch.setenv('NANOCHAT_DTYPE', 'float32')
-        for script, args in (('tok_train', ['--corpus', str(text), '--vocab-size', '300']), ('base_train', ['--corpus', str(text), *SIZE]), ('chat_sft', ['--num-iterations', '2', *CHATS])):
-            patch.setattr(sys, 'argv', [script, *args])
-            importlib.import_module(f'nanochat.scripts.{script}').main()
+    for script, args in (('tok_train', ['--corpus', str(text), '--vocab-size', '300']), ('base_train', ['--corpus', str(text), *SIZE]), ('chat_sft', ['--num-iterations', '2', *CHATS])):
+        subprocess.run(**command(f'scripts.{script}', args, NANOCHAT_BASE_DIR=str(home), NANOCHAT_DTYPE='float32'), check=True, capture_output=True)
     return home
 
 
@@ -43,7 +46,7 @@ def long_text(tmp_path):
 
 def interrupted(module, args, begun):
     """Start a command, press Ctrl-C once `begun()` is true, and check how it ends. Returns all it printed."""
-    child = subprocess.Popen([sys.executable, '-m', f'nanochat.{module}', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(**command(module, args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while not begun() and child.poll() is None and time.monotonic() < end: time.sleep(.005)
     child.send_signal(signal.SIGINT)
@@ -60,7 +63,7 @@ def test_dataset(base_directory, long_text):
     corpora = base_directory/'corpora'
     interrupted('dataset', [long_text], lambda: corpora.exists() and any(corpora.iterdir()))
     assert leftovers(base_directory) == [] and list(corpora.iterdir()) == [], 'part of a corpus is left'
-    subprocess.run([sys.executable, '-m', 'nanochat.dataset', str(long_text)], check=True, capture_output=True)
+    subprocess.run(**command('dataset', [long_text]), check=True, capture_output=True)
     assert open_corpus(str(long_text)).rows('train') > 10
 
 
@@ -70,7 +73,7 @@ def test_tok_train(base_directory, long_text):
     interrupted('scripts.tok_train', args, lambda: list((base_directory/'corpora').glob('long-*/manifest.json')))
     assert leftovers(base_directory) == [] and not (base_directory/'tokenizer').exists() and open_corpus(str(long_text)).rows('train') > 10
     assert read_jsonl(base_directory/'report'/'results.jsonl') == []
-    subprocess.run([sys.executable, '-m', 'nanochat.scripts.tok_train', *map(str, args)], check=True, capture_output=True)
+    subprocess.run(**command('scripts.tok_train', args), check=True, capture_output=True)
     assert get_tokenizer().get_vocab_size() > 300
 
 

@@ -1,5 +1,5 @@
 """The leaderboard: frozen text, a judge that cannot be talked to, records that repeat, significance."""
-import json, math, subprocess, sys, zipfile
+import json, math, subprocess, zipfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 
 import nanochat.leaderboard as lb
 from nanochat.common import UserError, read_jsonl
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = '''
@@ -33,7 +34,7 @@ def folder(tmp_path, code, name='001-toy'):
     return tmp_path/name
 
 
-def command(*args): return subprocess.run([sys.executable, '-m', 'nanochat.leaderboard', *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+def command(*args): return subprocess.run([warm_python().python, '-m', 'nanochat.leaderboard', *map(str, args)], env=warm_python().environ(), capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,6 @@
 """Bits per byte against its definition; the n-gram baseline against dictionaries, and as a probability distribution."""
 import math
-import os
 import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat.loss_eval import discount_table, evaluate_bpb, ngram_bpb, ngram_probs
+from warm_python import warm_python
 
 V = 40
 
@@ -112,7 +111,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_number_of_one(tmp_path):
-    run = lambda r: subprocess.Popen([sys.executable, '-c', RANK_PROGRAM, str(r), str(tmp_path/'meet')], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    run = lambda r: subprocess.Popen([warm_python().python, '-c', RANK_PROGRAM, str(r), str(tmp_path/'meet')], stdout=subprocess.PIPE, text=True, env=warm_python().environ())
     ranks = [run(r) for r in range(2)]
     outputs = [p.communicate(timeout=120)[0] for p in ranks]
     want = sum(i + .5 for i in range(5)) / 15 / math.log(2)

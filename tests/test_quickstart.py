@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from warm_python import WarmPython
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ['bash', 'runs/quickstart.sh', '--minutes', '0.3', '--depth', '1', '--no-chat']
@@ -39,21 +39,17 @@ def wait_for(path, process, seconds=120):
 @pytest.mark.slow
 def test_the_whole_pipeline_with_an_interruption(tmp_path):
     base = tmp_path/'base'
+    warm = warm_python()  # its twenty-five programs are forked from one that has imported everything
+    env = warm.environ(NANOCHAT_BASE_DIR=str(base))
     # Ctrl-C reaches the whole process group, as from a terminal.
-    process = subprocess.Popen(SCRIPT, cwd=ROOT, env=environment(base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(SCRIPT, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     assert wait_for(base/'base_checkpoints'/'d1'/'metrics.jsonl', process), process.communicate()[0]
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and 'same command to go on' in output and 'Traceback' not in output
     assert not list(base.rglob('*.tmp'))
 
-    with WarmPython() as warm: finished_and_found_again(warm, base)
-
-
-def finished_and_found_again(warm, base):
-    """The same command twice more, its twenty programs forked from one that has imported everything."""
-    again = lambda: subprocess.run(SCRIPT, cwd=ROOT, env=warm.environ(NANOCHAT_BASE_DIR=str(base), NANOCHAT_SKIP_INSTALL='1', OMP_NUM_THREADS='1'),
-                                   capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400)
+    again = lambda: subprocess.run(SCRIPT, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400)
     done = again()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert 'already trained from this text' in done.stdout  # the tokenizer of the first start

@@ -9,7 +9,7 @@ from nanochat.common import parse_config
 from nanochat.dataset import DatasetConfig
 from nanochat.scaling import gpt_config, plan_training
 from test_command_lines import config_of
-from warm_python import WarmPython
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ['speedrun', 'miniseries', 'scaling_laws', 'runcpu']
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a Unix sh
 
 
 @pytest.fixture(scope='module')
-def warm():
-    with WarmPython() as w: yield w
+def warm(): return warm_python()
 
 
 @pytest.fixture(scope='module')

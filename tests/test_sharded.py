@@ -2,12 +2,12 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from nanochat.optim import MuonAdamW, lengths_of_parts, merged_state, part_of
+from warm_python import warm_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 
@@ -83,8 +83,8 @@ PHASES = [('whole', 1, 0, 6, None, ''), ('two', 2, 0, 6, None, ''), ('three', 3,
 def results(tmp_path_factory):
     """What each rank of each phase saved: {phase: [states by rank]}."""
     folder = tmp_path_factory.mktemp('ranks')
-    env = dict(os.environ, NANOCHAT_DTYPE='float32', OMP_NUM_THREADS='1')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', DRIVER, json.dumps(PHASES), str(folder)], capture_output=True, text=True, env=env, timeout=300)
+    env = warm_python().environ(NANOCHAT_DTYPE='float32')
+    done = subprocess.run([warm_python().python, '-c', DRIVER, json.dumps(PHASES), str(folder)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: [torch.load(folder/f'{name}.{r}.pt', weights_only=True) for r in range(W)] for name, W, *_ in PHASES}
 

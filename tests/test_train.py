@@ -1,5 +1,5 @@
 """The training loop and the stages on it: exactness of accumulation and resume, refusal of bad input, and that it learns."""
-import dataclasses, json, math, os, shutil, signal, subprocess, sys, time
+import dataclasses, json, math, os, shutil, signal, subprocess, time
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from nanochat.scaling import TrainPlan
 from nanochat.scripts import base_eval as be, base_train as bt, chat_sft as sft, mid_train as mt
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import Hook, Loop, NonFiniteLoss, TrainState, accumulate, count_targets, fit, resume, train_step
+from warm_python import warm_python
 
 CPU = torch.device('cpu')
 TINY = dict(depth=1, head_dim=32, aspect_ratio=32, sequence_len=64, device_batch_size=4, total_batch_size=256, eval_tokens=512)
@@ -122,8 +123,8 @@ def test_two_ranks_train_as_one(tmp_path):
     model = bigram()
     fit(model, sgd(model), rows(8, ragged=True), a_plan(10), run=alone)
     port = str(free_port())
-    env = lambda r: os.environ | dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    children = [subprocess.Popen([sys.executable, '-c', RANKS, str(both), str(Path(__file__).parent)], env=env(r), stderr=subprocess.PIPE, text=True) for r in range(2)]
+    env = lambda r: warm_python().environ() | dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    children = [subprocess.Popen([warm_python().python, '-c', RANKS, str(both), str(Path(__file__).parent)], env=env(r), stderr=subprocess.PIPE, text=True) for r in range(2)]
     for c in children:
         err = c.communicate(timeout=100)[1]
         assert c.returncode == 0, err
@@ -201,7 +202,7 @@ def test_first_ctrl_c_finishes_the_step_and_saves(tmp_path):
     assert step in (7, 8) and torch.equal(load_checkpoint(tmp_path).model_state['table.weight'], model.table.weight) and load_checkpoint(tmp_path).loader_state['place'] == 4 * step
 
 
-def command(*flags): return [sys.executable, '-m', 'nanochat.scripts.base_train', '--config', *map(str, flags)]
+def command(*flags): return [warm_python().python, '-m', 'nanochat.scripts.base_train', '--config', *map(str, flags)]
 
 
 def kill_at(args, run, lines, env):
@@ -221,8 +222,8 @@ def test_killed_twice_equals_uninterrupted_bit_for_bit(home, tmp_path):
     steps, toml = 30, tmp_path/'run.toml'
     settings = dict(TINY, num_iterations=steps, save_every=4, eval_every=8, keep=2, device='cpu')
     toml.write_text('\n'.join(f'{k} = {json.dumps(v)}' for k, v in settings.items()))
-    bt.base_train(bt.BaseTrainConfig(**settings, model_tag='whole'))
-    env, run = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())), run_dir('base', 'killed')
+    env, run = warm_python().environ(), run_dir('base', 'killed')
+    subprocess.run(command(toml, '--model-tag', 'whole'), env=env, check=True, capture_output=True)
     made = [kill_at(command(toml, '--model-tag', 'killed'), run, n, env) for n in (6, 17)]
     assert 0 < made[0] < made[1] < steps, 'the kills did not fall into the run'
     assert list_checkpoints(run)[-1] < made[1], 'nothing was lost: the kill fell on a save, and the test has tested nothing'
@@ -248,8 +249,8 @@ def test_a_run_goes_on_with_two_processes_and_again_with_one(home, tmp_path):
         for s in list_checkpoints(run):
             if s > step: shutil.rmtree(step_dir(run, s))
     back_to(3)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()), '-m', 'nanochat.scripts.base_train', '--', '--config', str(toml)]
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    torchrun = [warm_python().python, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()), '-m', 'nanochat.scripts.base_train', '--', '--config', str(toml)]
+    done = subprocess.run(torchrun, env=warm_python().environ(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert 'going on after step 3 of 9' in done.stdout and list_checkpoints(run) == [3, 6, 9]
     assert load_checkpoint(run, 6).meta['world_size'] == 2 and (step_dir(run, 6)/'optim_rank1.pt').exists()
@@ -271,7 +272,7 @@ def test_ctrl_c_on_the_command_line(home, tmp_path):
     toml = tmp_path/'run.toml'
     toml.write_text('\n'.join(f'{k} = {json.dumps(v)}' for k, v in dict(TINY, num_iterations=100_000, device='cpu').items()))
     run = run_dir('base', 'd1')
-    child = subprocess.Popen(command(toml), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command(toml), env=warm_python().environ(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(read_jsonl(run/'metrics.jsonl')) < 3 and child.poll() is None: time.sleep(.01)
     child.send_signal(signal.SIGINT)
     err = child.communicate(timeout=60)[1]

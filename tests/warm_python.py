@@ -4,10 +4,14 @@ One process imports torch and this package, then forks for every request. What i
 directory, standard streams, exit code), is what the real interpreter would be given; torchrun's own agent and rendezvous are the real ones.
 What differs: modules are already imported, and the processes are children of that one process, not of the script.
 
-    with WarmPython() as warm: subprocess.run(['bash', 'runs/x.sh'], env=warm.environ(NANOCHAT_BASE_DIR='...'))
+    warm = warm_python()  # the same one for all files of a test process
+    subprocess.run(['bash', 'runs/x.sh'], env=warm.environ(NANOCHAT_BASE_DIR='...'))
+    subprocess.run([warm.python, '-m', 'nanochat.x'], env=warm.environ())
 """
-import json, os, select, signal, socket, subprocess, sys, tempfile, time
+import atexit, functools, gc, json, os, select, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
+
+REAL = sys.executable
 
 SHIM = r'''
 import json, os, signal, socket, sys
@@ -26,6 +30,7 @@ def run_job(args):
     """What `python ARGS` would do, in this forked process; returns the exit code."""
     import runpy, traceback, warnings
     warnings.simplefilter('ignore')
+    sys.executable = os.environ['PYTHON_EXEC']  # what it starts is warm, too
     while args[:1] == ['-u']: args = args[1:]
     try:
         if args[:1] == ['-m']:
@@ -34,7 +39,7 @@ def run_job(args):
         elif args[:1] == ['-c']:
             sys.argv = ['-c', *args[2:]]
             exec(compile(args[1], '<string>', 'exec'), {'__name__': '__main__'})
-        else: os.execv(sys.executable, [sys.executable, *args])
+        else: os.execv(REAL, [REAL, *args])
     except SystemExit as e:
         if isinstance(e.code, str): print(e.code, file=sys.stderr)
         return e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -79,10 +84,14 @@ def serve(path):
     """Import, listen, fork."""
     import importlib, pkgutil
     import numpy, pyarrow.parquet, rustbpe, safetensors.torch, tiktoken, tokenizers, torch._dynamo, torch.distributed.run, tyro, matplotlib.figure, matplotlib.backends.backend_svg  # noqa: F401, E401
-    import nanochat.core_eval, nanochat.scripts, nanochat.tasks.common  # noqa: F401, E401
+    import nanochat.core_eval, nanochat.leaderboard, nanochat.scripts, nanochat.tasks.pydoc  # noqa: F401, E401
     for m in pkgutil.iter_modules(nanochat.scripts.__path__):
         if m.name != 'chat_web': importlib.import_module(f'nanochat.scripts.{m.name}')
     torch.empty(2).sum()
+    nanochat.tasks.pydoc.pydoc_index()  # three seconds for every process that fine-tunes in a new base directory
+    gc.collect()
+    gc.freeze()  # no collection in a fork touches, and so copies, the pages of all these modules
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests were started in the background, which ignores it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
@@ -109,8 +118,8 @@ class WarmPython:
                               ('torchrun', f'exec {bin}/python -m torch.distributed.run "$@"')):
             (bin/name).write_text(f'#!/bin/sh\n{command}\n')
             (bin/name).chmod(0o755)
-        self.bin, self.socket = bin, self.folder/'socket'
-        self.process = subprocess.Popen([sys.executable, __file__, str(self.socket)], env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='Agg'))
+        self.bin, self.python, self.socket = bin, str(bin/'python'), self.folder/'socket'
+        self.process = subprocess.Popen([sys.executable, __file__, str(self.socket)], env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='Agg', NANOCHAT_BASE_DIR=str(self.folder/'base')))
         while not self.socket.exists():
             assert self.process.poll() is None, 'the warm interpreter did not start'
             time.sleep(.02)
@@ -126,6 +135,14 @@ class WarmPython:
         self.process.kill()
         self.process.wait()
         shutil.rmtree(self.folder)
+
+
+@functools.cache
+def warm_python():
+    """One for all files of this test process; it ends with it."""
+    warm = WarmPython().__enter__()
+    atexit.register(warm.__exit__)
+    return warm
 
 
 if __name__ == '__main__': serve(sys.argv[1])
