@@ -372,6 +372,10 @@ class GPT(nn.Module):
         self.smear_lambda, self.backout_lambda = scalars(c.smear, 1), scalars(c.backout, 1)
         for name in ('cos', 'sin'): self.register_buffer(name, torch.empty(1, c.sequence_len * ROTARY_REACH, 1, D // 2), persistent=False)
 
+    def to_empty(self, *, device: torch.device | str, recurse: bool = True) -> 'GPT':
+        "Give every parameter and buffer memory on `device`, not yet filled. (`nn.Module` uses `empty_like`, which on the meta device imports a computer algebra system.)"
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         "Fill every parameter and buffer; embeddings take the compute dtype of their device (fp32 if that is fp16)."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'DEFAULTS', 'adamw_state', 'adamw_step', 'nesterov', 'polar_express', 'equilibrate_rows', 'snap_norm',
            'reduce_variance', 'cautious_step', 'muon_step', 'StackLayout', 'stack_padded', 'adamw_rows', 'can_compile',
-           'polar_dtype', 'checked_group', 'MuonAdamWSteps', 'stacked_gradients', 'Pending', 'Collectives', 'in_rounds',
-           'shared_step', 'lengths_of_parts', 'part_of', 'merged_state', 'MuonAdamW']
+           'polar_dtype', 'checked_group', 'bare', 'MuonAdamWSteps', 'stacked_gradients', 'Pending', 'Collectives',
+           'in_rounds', 'shared_step', 'lengths_of_parts', 'part_of', 'merged_state', 'MuonAdamW']
 
 # %% ../nbs/05_optim.ipynb #a9a7538b
 import functools, importlib.util
@@ -168,16 +168,22 @@ def checked_group(group: dict[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS[kind], **group, 'params': params}
 
 # %% ../nbs/05_optim.ipynb #cb2e85c2
+def bare(name: str) -> Any:
+    "A method of PyTorch's `Optimizer` without its wrapper, which keeps the compiler out of it and for that imports the compiler: a second of every start."
+    method = getattr(torch.optim.Optimizer, name)
+    return getattr(method, '__wrapped__', method)
+
 class MuonAdamWSteps(torch.optim.Optimizer):
     "The groups and their steps."
     collectives: 'Collectives | None' = None  # None: this process does all the work
+    state_dict, load_state_dict, zero_grad = bare('state_dict'), bare('load_state_dict'), bare('zero_grad')
 
     def __init__(self, param_groups: list[dict[str, Any]]):
         super().__init__(param_groups, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         "Check a group and add it."
-        super().add_param_group(checked_group(param_group))
+        bare('add_param_group')(self, checked_group(param_group))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
