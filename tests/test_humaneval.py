@@ -2,6 +2,7 @@
 import ast
 import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,10 @@ def test_shape(task):
 
 
 def test_canonical_solutions_pass(sandbox, task):
-    """All 164, as a fenced answer and as a bare body."""
+    """All 164, as fenced answers; as bare bodies they run below, before the broken ones."""
     conversations = list(task)
-    for answers in ([c['messages'][-1]['content'] for c in conversations], [c['canonical_solution'] for c in conversations]):
-        results = task.results(conversations, answers)
-        assert [(c['task_id'], r.error) for c, r in zip(conversations, results) if not r.success] == []
+    results = task.results(conversations, [c['messages'][-1]['content'] for c in conversations])
+    assert [(c['task_id'], r.error) for c, r in zip(conversations, results) if not r.success] == []
 
 
 # ---- mutations: each solution broken in several ways; only programs that compile count
@@ -143,18 +143,30 @@ MUTATIONS = {
     'exit before the tests': lambda c: rewrite(c, lambda body: body) + '\nimport sys\nsys.exit(0)\n',
     'hard exit before the tests': lambda c: rewrite(c, lambda body: body) + '\nimport os\nos._exit(0)\n',
 }
-# wrong, and passing because the tests of the benchmark are not strict enough to see it
-UNSEEN = {}
+HARD = [name for name in MUTATIONS if name.startswith('hard')]    # these end the process, so they cannot share one
+SOFT = [name for name in MUTATIONS if name not in HARD]
+CONTROLS = {'bare body': lambda c: c['canonical_solution'], 'rewritten without a change': lambda c: rewrite(c, lambda body: body)}
+EACH = '''
+for name, text in %r.items():
+    try: exec(compile(text, name, 'exec'), {'__name__': '__main__'})
+    except BaseException: pass
+    else: print('passed:', name, file=out)
+'''
 
 
-@pytest.mark.parametrize('name', MUTATIONS)
-def test_mutated_solutions_fail(sandbox, task, name):
+def test_mutated_solutions_fail(sandbox, task):
+    """Every solution broken in every way that shares a process with others, each as the program that would be marked. The controls around them pass, so the failures are not those of the rewriting."""
+    conversations, (first, last) = list(task), CONTROLS
+    kinds = {first: CONTROLS[first]} | {name: MUTATIONS[name] for name in SOFT} | {last: CONTROLS[last]}
+    batches = [{name: program(c, extract_code(change(c), c['entry_point'])) for name, change in kinds.items()} for c in conversations]
+    results = execute_many(['import sys\nout = sys.stderr\n' + EACH % batch for batch in batches], timeout=60)
+    assert {c['task_id']: said for c, r in zip(conversations, results) if (said := re.findall('passed: (.*)', r.stderr)) != [first, last]} == {}
+    assert all(r.success for r in results)
+
+
+def test_verdicts_on_mutated_solutions(sandbox, task):
+    """A process of its own for every solution with a hard exit in one of its two places, and for every third with each other kind in turn: the mark itself is 0."""
     conversations = list(task)
-    marks = task.evaluate_many(conversations, [MUTATIONS[name](c) for c in conversations])
-    assert [c['task_id'] for c, m in zip(conversations, marks) if m] == UNSEEN.get(name, [])
-
-
-def test_the_mutations_are_what_breaks_them(sandbox, task):
-    """Control: the same rewriting without a change passes, so the failures above are not those of the rewriting."""
-    conversations = list(task)
-    assert sum(task.evaluate_many(conversations, [rewrite(c, lambda body: body) for c in conversations])) == len(conversations)
+    picks = [(c, HARD[i % 2]) for i, c in enumerate(conversations)] + [(c, SOFT[i % len(SOFT)]) for i, c in enumerate(conversations[::3])]
+    marks = task.evaluate_many([c for c, _ in picks], [MUTATIONS[name](c) for c, name in picks])
+    assert [(c['task_id'], name) for (c, name), m in zip(picks, marks) if m] == []
