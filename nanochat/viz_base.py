@@ -279,8 +279,8 @@ def few(steps: int) -> int:
     return max(2, steps // 10) if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else steps
 
 def small_run() -> SmallRun:
-    "The recipe, with a tenth of the steps when NANOCHAT_LESSON_FAST=1."
-    return SmallRun(base_steps=few(SmallRun.base_steps), sft_steps=few(SmallRun.sft_steps))
+    "The recipe, with a tenth of the steps and of the tokenizer's text when NANOCHAT_LESSON_FAST=1."
+    return SmallRun(**{k: few(getattr(SmallRun, k)) for k in ('base_steps', 'sft_steps', 'tokenizer_chars')})
 
 def lesson_corpus() -> Corpus:
     "The embedded corpus, made now if it is not there (a few seconds)."

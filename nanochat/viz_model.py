@@ -558,8 +558,10 @@ def _toy_rank(rank: int, world: int, folder: str, toy: ToyStep) -> None:
 def measured_step(toy: ToyStep = ToyStep(), ranks: int = 2) -> tuple[list[Span], list[list[Tensor]]]:
     "The spans of one real sharded step on `ranks` processes of this machine, and every rank's parameters after it."
     import torch.multiprocessing as mp
+    how = 'forkserver' if 'forkserver' in mp.get_all_start_methods() else 'spawn'  # forked from a process that imports torch once, or each a new Python
+    if how == 'forkserver': mp.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_toy_rank, args=(ranks, folder, toy), nprocs=ranks)
+        mp.start_processes(_toy_rank, args=(ranks, folder, toy), nprocs=ranks, start_method=how)
         found = [torch.load(f'{folder}/rank{r}.pt', weights_only=True) for r in range(ranks)]
     return [Span(*s) for f in found for s in f['spans']], [f['params'] for f in found]
 

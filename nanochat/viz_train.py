@@ -36,7 +36,7 @@ from .scripts.scaling_laws import IsoFlopFit, Point, by_budget, fit_isoflop, fit
 from .tasks.common import Task, assistant, completion_text, spoken_text, user
 from .tokenizer import RustBPETokenizer
 from .train import Hook, TrainState, close, fit
-from .viz_base import COLORS, INK, Explorer, Picture, figure, import_ipywidgets, picture
+from .viz_base import COLORS, INK, Explorer, Picture, few, figure, import_ipywidgets, picture
 
 # %% ../nbs/18_viz_train.ipynb #a2079d78
 @dataclass
@@ -288,8 +288,8 @@ def small_config(depth: int, width: int, length: int = 64, vocab: int = 256) -> 
     return GPTConfig(sequence_len=length, vocab_size=vocab, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width, window_pattern='L', smear=False, value_embeds=False)
 
 def isoflop_budgets() -> list[float]:
-    "The FLOPs of lesson 7's three budgets: about half a minute of one core in all; a tenth of that with NANOCHAT_LESSON_FAST=1."
-    return [b / (10 if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else 1) for b in (3.5e9, 8e9, 1.8e10)]
+    "The FLOPs of lesson 7's three budgets: about half a minute of one core in all; a fortieth of that with NANOCHAT_LESSON_FAST=1."
+    return [b / (40 if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else 1) for b in (3.5e9, 8e9, 1.8e10)]
 
 def sizes_for(budget: int, per_budget: int = 5) -> tuple[tuple[int, int], ...]:
     "The sizes to try at the first, second, ... budget: one step larger each time."
@@ -622,7 +622,8 @@ def right_answers(policy: Policy, task: Task) -> float:
 
 # %% ../nbs/18_viz_train.ipynb #b5bea3a4
 def improving(policy: Policy, task: Task, updates: int = 120, questions: int = 16, num_samples: int = 16, rate: float = .5, max_tokens: int = 8, seed: int = 0) -> Iterator[dict[str, float]]:
-    "Updates of `chat_rl` on a small policy, one after another: yields each one's line of metrics (`reward`, `useful`, ...)."
+    "Updates of `chat_rl` on a small policy, one after another: yields each one's line of metrics (`reward`, `useful`, ...). A tenth of them when NANOCHAT_LESSON_FAST=1."
+    updates = few(updates)
     optimizer = optimizer_of(policy.model, ChatRLConfig())
     policy.model.train()
     for step in range(updates):
