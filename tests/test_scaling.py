@@ -1,5 +1,5 @@
 """The depth dial: shapes, laws, schedules, batch advice, presets and the memory estimate."""
-import itertools, json, math, os, re, subprocess, sys
+import itertools, json, math, re, subprocess, sys
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.scaling import (PRESETS, apply_schedule, check_batch, estimate_memory, get_preset, gpt_config, lr_multiplier, model_size,
                               muon_momentum, phase_steps, plan_training, weight_decay_multiplier)
+from warm_python import warm_python
 
 
 # --- shapes and counts ------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='measured on Linux only')
 def test_estimate_is_within_a_factor_of_two_of_a_real_step():
-    env = {**os.environ, 'NANOCHAT_DTYPE': 'float32', 'OMP_NUM_THREADS': '1'}
-    out = subprocess.run([sys.executable, '-c', PROBE], env=env, capture_output=True, text=True, check=True).stdout
+    env = warm_python().environ(NANOCHAT_DTYPE='float32')
+    out = subprocess.run([warm_python().python, '-c', PROBE], env=env, capture_output=True, text=True, check=True).stdout
     estimate = estimate_memory(gpt_config(4, 4096, 512, window_pattern='L'), 2, torch.float32)['total']
     assert 0.5 < estimate / int(out) < 2, f'estimated {estimate / 2**20:.0f} MiB, measured {int(out) / 2**20:.0f} MiB'
