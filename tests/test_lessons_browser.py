@@ -3,6 +3,7 @@ import contextlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.r
 from pathlib import Path
 
 import pytest
+from warm_kernel import warm_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
@@ -57,7 +58,7 @@ def lab(tmp_path_factory):
     pytest.importorskip('playwright')
     folder, base = tmp_path_factory.mktemp('lab'), Path(os.environ.get('NANOCHAT_LESSON_TEST_BASE') or tmp_path_factory.mktemp('lab-base'))
     env = os.environ | dict(NANOCHAT_BASE_DIR=str(base), NANOCHAT_LESSON_FAST='1', OMP_NUM_THREADS='1', HOME=str(tmp_path_factory.mktemp('home')),
-                            JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTER_PREFER_ENV_PATH='1', PYTHONPATH=str(ROOT))
+                            JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTER_PATH=warm_kernels(), JUPYTER_PREFER_ENV_PATH='1', PYTHONPATH=str(ROOT))
     quiet = folder/'settings'/'@jupyterlab'/'apputils-extension'
     quiet.mkdir(parents=True)
     (quiet/'notification.jupyterlab-settings').write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)))
@@ -73,8 +74,29 @@ def browser(lab):
         b.close()
 
 
-IDLE = """() => { const app = window.jupyterapp, w = app && app.shell.currentWidget, c = w && w.context;
-  return !!(c && c.isReady && c.sessionContext && c.sessionContext.session && c.sessionContext.session.kernel
+@pytest.fixture(scope='module')
+def lab_page(lab, browser):
+    """JupyterLab's page: loaded once, for it is large; notebooks are opened and closed in it, as a reader does."""
+    page = browser.new_page(viewport=dict(width=1200, height=1100))
+    page.goto(f'{lab[1]}/lab?token={TOKEN}&reset', timeout=WAIT)
+    page.wait_for_function('() => window.jupyterapp && window.jupyterapp.restored.then(() => true)', timeout=WAIT)
+    return page
+
+
+@pytest.fixture
+def page(lab_page):
+    """The page without a notebook; those of the test are closed after it, with their kernels."""
+    yield lab_page
+    lab_page.evaluate(CLOSE)
+    assert not lab_page.locator('.jp-NotebookPanel').count()
+
+
+CLOSE = """async () => { for (const w of [...window.jupyterapp.shell.widgets('main')]) {
+  if (w.context && w.context.sessionContext) await w.context.sessionContext.shutdown();
+  w.dispose(); } }"""
+OPEN = "async path => { await window.jupyterapp.commands.execute('docmanager:open', {path}); }"
+IDLE = """name => { const app = window.jupyterapp, w = app && app.shell.currentWidget, c = w && w.context;
+  return !!(c && c.path === name && c.isReady && c.sessionContext && c.sessionContext.session && c.sessionContext.session.kernel
             && c.sessionContext.session.kernel.status === 'idle'); }"""
 DONE = """() => { const cells = window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.source.trim());
   return cells.every(w => w.model.executionCount !== null); }"""
@@ -83,20 +105,22 @@ FAILED = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter(w
 BOTTOM = """() => { const nb = window.jupyterapp.shell.currentWidget.content; nb.activeCellIndex = nb.widgets.length - 1; return nb.scrollToItem(nb.widgets.length - 1, 'start'); }"""
 
 
-def opened(lab, browser, name, nb):
-    """The page with a notebook that has been run from top to bottom."""
+def shown(page, name):
+    """Open a notebook and wait for its kernel."""
+    page.evaluate(OPEN, name)
+    page.wait_for_function(IDLE, arg=name, timeout=WAIT)
+
+
+def opened(lab, page, name, nb):
+    """A notebook on the page that has been run from top to bottom."""
     import nbformat
-    folder, address = lab
-    nbformat.write(nb, folder/name)
-    page = browser.new_page(viewport=dict(width=1200, height=1100))
-    page.goto(f'{address}/lab/tree/{name}?token={TOKEN}&reset', timeout=WAIT)
-    page.wait_for_function(IDLE, timeout=WAIT)
+    nbformat.write(nb, lab[0]/name)
+    shown(page, name)
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(DONE, timeout=WAIT)
-    page.wait_for_function(IDLE, timeout=WAIT)
+    page.wait_for_function(IDLE, arg=name, timeout=WAIT)
     assert page.evaluate(FAILED) == []
     page.evaluate(BOTTOM)
-    return page
 
 
 def picture(page):
@@ -120,62 +144,53 @@ LESSONS = {  # lesson: the cell that shows the widget
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', LESSONS)
-def test_slider_moves_the_picture(name, lab, browser):
+def test_slider_moves_the_picture(name, lab, page):
     """Focus the slider as a hand would, press keys, and the picture must become another one each time."""
-    page = opened(lab, browser, f'{name}.ipynb', shortened(ROOT/'lessons'/f'{name}.ipynb', LESSONS[name]))
-    try:
-        handle = page.locator('.jp-OutputArea-output .noUi-handle').last
-        handle.wait_for(timeout=WAIT)
-        handle.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        before = picture(page)
-        assert before, 'no picture beside the slider'
-        seen = [before]
-        for key in ('ArrowRight', 'ArrowRight', 'ArrowLeft', 'Home', 'End'):
-            value = handle.get_attribute('aria-valuetext')
-            handle.press(key)
-            page.wait_for_timeout(100)
-            moved = handle.get_attribute('aria-valuetext') != value  # at an end it stays where it is
-            deadline = time.time() + (20 if moved else .5)
-            while (now := picture(page)) == seen[-1] and time.time() < deadline: page.wait_for_timeout(100)
-            seen.append(now)
-        if folder := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(folder)/f'{name}.png'))
-        assert len(set(seen)) >= 3, f'{len(set(seen))} different pictures after five keys'
-        assert page.evaluate(FAILED) == [] and not page.locator('text=Error displaying widget').count()
-    finally: page.close()
+    opened(lab, page, f'{name}.ipynb', shortened(ROOT/'lessons'/f'{name}.ipynb', LESSONS[name]))
+    handle = page.locator('.jp-OutputArea-output .noUi-handle').last
+    handle.wait_for(timeout=WAIT)
+    handle.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    before = picture(page)
+    assert before, 'no picture beside the slider'
+    seen = [before]
+    for key in ('ArrowRight', 'ArrowRight', 'ArrowLeft', 'Home', 'End'):
+        value = handle.get_attribute('aria-valuetext')
+        handle.press(key)
+        page.wait_for_timeout(100)
+        moved = handle.get_attribute('aria-valuetext') != value  # at an end it stays where it is
+        deadline = time.time() + (20 if moved else .5)
+        while (now := picture(page)) == seen[-1] and time.time() < deadline: page.wait_for_timeout(100)
+        seen.append(now)
+    if folder := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(folder)/f'{name}.png'))
+    assert len(set(seen)) >= 3, f'{len(set(seen))} different pictures after five keys'
+    assert page.evaluate(FAILED) == [] and not page.locator('text=Error displaying widget').count()
 
 
 @pytest.mark.slow
-def test_reader_without_a_kernel_sees_the_picture(lab, browser):
+def test_reader_without_a_kernel_sees_the_picture(lab, page):
     """A lesson that is opened and not run shows its stored figures, and no complaint about widgets."""
-    folder, address = lab
-    shutil.copy(ROOT/'lessons'/'02_data.ipynb', folder/'stored.ipynb')
-    page = browser.new_page(viewport=dict(width=1200, height=1100))
-    try:
-        page.goto(f'{address}/lab/tree/stored.ipynb?token={TOKEN}&reset', timeout=WAIT)
-        page.wait_for_function(IDLE, timeout=WAIT)
-        page.evaluate("""() => { const nb = window.jupyterapp.shell.currentWidget.content;
-            nb.activeCellIndex = nb.widgets.findIndex(w => w.model.sharedModel.source.includes('packing_bars(')); return nb.scrollToItem(nb.activeCellIndex); }""")
-        page.locator('.jp-RenderedImage img').first.wait_for(timeout=WAIT)
-        assert not page.locator('text=Error displaying widget').count()
-        if where := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(where)/'stored.png'))
-    finally: page.close()
+    shutil.copy(ROOT/'lessons'/'02_data.ipynb', lab[0]/'stored.ipynb')
+    shown(page, 'stored.ipynb')
+    page.evaluate("""() => { const nb = window.jupyterapp.shell.currentWidget.content;
+        nb.activeCellIndex = nb.widgets.findIndex(w => w.model.sharedModel.source.includes('packing_bars(')); return nb.scrollToItem(nb.activeCellIndex); }""")
+    page.locator('.jp-RenderedImage img').first.wait_for(timeout=WAIT)
+    assert not page.locator('text=Error displaying widget').count()
+    if where := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(where)/'stored.png'))
 
 
 @pytest.mark.slow
-def test_chat_inside_the_cell(lab, browser):
+def test_chat_inside_the_cell(lab, page):
     """Lesson 0: the Gradio page stands in the cell's output and answers."""
     pytest.importorskip('gradio')
     nb = shortened(ROOT/'lessons'/'00_start_here.ipynb', r'chat_cell\(')
-    page = opened(lab, browser, 'chat.ipynb', nb)
-    try:
-        frame = page.frame_locator('.jp-OutputArea-output iframe').last
-        box = frame.locator('#box textarea')
-        box.wait_for(timeout=WAIT)
-        box.fill('What is 2 + 2?')
-        box.press('Enter')
-        frame.locator('#chat .bot').first.wait_for(timeout=WAIT)
-        page.wait_for_timeout(1500)
-        if where := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(where)/'chat.png'))
-        assert 'What is 2 + 2?' in frame.locator('#chat').inner_text()
-    finally: page.close()
+    opened(lab, page, 'chat.ipynb', nb)
+    frame = page.frame_locator('.jp-OutputArea-output iframe').last
+    box = frame.locator('#box textarea')
+    box.wait_for(timeout=WAIT)
+    box.fill('What is 2 + 2?')
+    box.press('Enter')
+    frame.locator('#chat .bot').first.wait_for(timeout=WAIT)
+    page.wait_for_timeout(1500)
+    if where := os.environ.get('NANOCHAT_SCREENSHOTS'): page.screenshot(path=str(Path(where)/'chat.png'))
+    assert 'What is 2 + 2?' in frame.locator('#chat').inner_text()
