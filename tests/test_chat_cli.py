@@ -9,6 +9,7 @@ from nanochat.common import cli
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scripts.chat_cli import ChatConfig, chat_cli
 from nanochat.tokenizer import RustBPETokenizer
+from warm_python import warm_python
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def environment(base): return {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'NA
 
 
 def run(base, *flags, stdin=''):
-    return subprocess.run(command(*flags), input=stdin, capture_output=True, text=True, env=environment(base), timeout=120)
+    return subprocess.run([warm_python().python, *command(*flags)[1:]], input=stdin, capture_output=True, text=True, env=warm_python().environ(**environment(base)), timeout=120)
 
 
 def test_seed_decides(checkpoint, capsys):

@@ -10,6 +10,7 @@ from hub_server import Hub
 from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.dataset import HUB, HubCorpus, download_corpus, open_corpus, prepare_corpus
+from warm_python import warm_python
 
 WEB = HUB['climbmix'].repo
 LAST = HUB['climbmix'].shards - 1
@@ -31,7 +32,7 @@ SHARDS = {**{f'shard_{i:05d}.parquet': shard(i) for i in range(8)}, f'shard_{LAS
 
 def environment(hub, **more):
     """The environment for a process that talks to this hub and to nothing else."""
-    keep = {k: v for k, v in os.environ.items() if k.lower() not in ('http_proxy', 'https_proxy', 'all_proxy', 'hf_hub_offline')}
+    keep = {k: v for k, v in warm_python().environ().items() if k.lower() not in ('http_proxy', 'https_proxy', 'all_proxy', 'hf_hub_offline')}
     return {**keep, 'HF_ENDPOINT': hub.url, 'HF_HUB_DISABLE_TELEMETRY': '1', 'OMP_NUM_THREADS': '1', **more}
 
 
@@ -282,7 +283,7 @@ def test_no_space_left_in_mid_file(hub, base_directory, monkeypatch):
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
-def command(*args, **env): return dict(args=[sys.executable, '-m', 'nanochat.dataset', *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(*args, **env): return dict(args=[warm_python().python, '-m', 'nanochat.dataset', *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, seconds=40):
@@ -337,7 +338,7 @@ def test_in_the_background(hub, base_directory):
 
 
 def test_offline_says_what_to_type(base_directory):
-    done = subprocess.run([sys.executable, '-m', 'nanochat.dataset', 'climbmix', '--background'], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+    done = subprocess.run([warm_python().python, '-m', 'nanochat.dataset', 'climbmix', '--background'], env=warm_python().environ(HF_HUB_OFFLINE='1'), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().endswith('HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE') and 'Traceback' not in done.stderr
     with pytest.raises(UserError, match="no corpus 'climbmix' yet; run: python -m nanochat.dataset climbmix"): open_corpus('climbmix')
     assert not (base_directory/'corpora').exists()

@@ -20,6 +20,7 @@ from nanochat.tasks.gsm8k import GSM8K, call_kind, calls, solution_parts
 from nanochat.tasks.mmlu import MMLU
 from nanochat.tasks.smoltalk import SmolTalk
 from nanochat.tasks.spellingbee import COUNT_WEIGHTS, SimpleSpelling, SpellingBee
+from warm_python import warm_python
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_offline_every_task_says_what_to_do(base_directory):
     for make in (GSM8K, MMLU, ARC, SmolTalk):
         with pytest.raises(UserError, match='is not on this machine.*HF_HUB_OFFLINE forbids it; type: unset HF_HUB_OFFLINE. Or copy its parquet files to'): make()
     for args, sentence in (([], 'name the data to download: all, or some of: gsm8k'), (['gsm9k'], "there is no task data 'gsm9k'; use all, or some of: gsm8k, mmlu"), (['words'], 'the word list must be downloaded, and HF_HUB_OFFLINE forbids it')):
-        done = subprocess.run([sys.executable, '-m', 'nanochat.tasks.common', *args], env={**os.environ, 'HF_HUB_OFFLINE': '1'}, capture_output=True, text=True)
+        done = subprocess.run([warm_python().python, '-m', 'nanochat.tasks.common', *args], env=warm_python().environ(HF_HUB_OFFLINE='1'), capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
     assert not (base_directory/'task_data').exists()
 
@@ -334,5 +335,5 @@ def test_words_are_downloaded_when_asked_for(online, monkeypatch, base_directory
 
 def test_everything_at_once(real):
     code = 'from nanochat.tasks.common import fetch_task_data; fetch_task_data(["gsm8k", "humaneval"])'
-    done = subprocess.run([sys.executable, '-c', code], env=os.environ, capture_output=True, text=True)
+    done = subprocess.run([warm_python().python, '-c', code], env=warm_python().environ(), capture_output=True, text=True)
     assert done.returncode == 0 and 'gsm8k: 7473 rows' in done.stdout and 'humaneval: 164 rows' in done.stdout, done.stderr
