@@ -7,7 +7,7 @@ import pytest
 from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ['bash', 'runs/quickstart.sh', '--minutes', '0.3', '--depth', '1', '--no-chat']
+SCRIPT = ['bash', 'runs/quickstart.sh', '--minutes', '0.15', '--depth', '1', '--no-chat']
 
 
 def environment(base):
