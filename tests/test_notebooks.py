@@ -108,17 +108,18 @@ for name in modules:
         if stream.getvalue(): found[name].append(f'printed {stream.getvalue()!r:.200}')
         stream.seek(0); stream.truncate()
     found[name] += events
+exec(sys.argv[3])
 print(json.dumps(dict(found=found, threads=__import__('threading').active_count(), loaded=sorted(m for m in sys.modules if '.' not in m))), file=out)
 '''
 
 
-def import_in_child(tmp_path, modules, blocked=(), extra_path=''):
-    """Import modules one after another in one clean interpreter with an empty home, working and base directory; returns its findings."""
+def import_in_child(tmp_path, modules, blocked=(), extra_path='', then=''):
+    """Import modules one after another in one clean interpreter with an empty home, working and base directory, execute `then`; returns its findings."""
     places = {k: tmp_path/k for k in ('home', 'cwd', 'base', 'temp')}
     for p in places.values(): p.mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(('NANOCHAT', 'XDG', 'MPL', 'GRADIO', 'HF_', 'PYTEST'))}
     env |= dict(HOME=str(places['home']), NANOCHAT_BASE_DIR=str(places['base']), TMPDIR=str(places['temp']), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1', PYTHONPATH=f'{ROOT}{os.pathsep}{extra_path}')
-    done = subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:nanochat', '-c', CHILD, json.dumps(list(blocked)), json.dumps(modules)], cwd=places['cwd'], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:nanochat', '-c', CHILD, json.dumps(list(blocked)), json.dumps(modules), then], cwd=places['cwd'], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
     result['files'] = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p not in places.values()]
@@ -138,12 +139,27 @@ def test_import_has_no_effect(tmp_path):
     assert result['threads'] == 1, 'importing started a thread'
 
 
+# A model is built and makes a step; its optimizer is saved and restored.
+STEP = '''
+from nanochat.gpt import GPT, GPTConfig
+model = GPT(GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, window_pattern='L'))
+model.to_empty(device='cpu')
+model.init_weights()
+optimizer = model.setup_optimizer()
+model(torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+'''
+
+
 def test_import_without_course_and_serve_extras(tmp_path):
-    """The training path, as `pip install nanochat[train]` gives it: no notebook tool, no web framework."""
+    """The training path, as `pip install nanochat[train]` gives it: no notebook tool, no web framework. And a first step without PyTorch's compiler, which takes a second to import."""
     blocked = ['nbdev', 'fastcore', 'execnb', 'jupyter', 'jupyter_core', 'notebook', 'IPython', 'ipywidgets', 'ipykernel', 'gradio', 'fastapi', 'uvicorn', 'nbformat', 'pytest', 'hypothesis']
-    result = import_in_child(tmp_path, MODULE_NAMES, blocked)
+    result = import_in_child(tmp_path, MODULE_NAMES, blocked, then=STEP)
     assert {m: f for m, f in result['found'].items() if any('blocked' in x for x in f)} == {}
     assert not set(blocked) & set(result['loaded'])
+    assert 'sympy' not in result['loaded'], 'starting loads the compiler'
 
 
 def test_child_notices(tmp_path):
