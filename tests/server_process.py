@@ -7,6 +7,7 @@ import torch
 from nanochat.checkpoint_manager import init_run, run_dir, save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from warm_python import warm_python
 
 TEXT = ['What is 12 * 7? That is 84 eggs. naïve café, 你好世界, مرحبا بالعالم, 🦜🦜 def f(x): return x'] * 3
 QUESTION = 'What is 12 * 7?'
@@ -73,12 +74,12 @@ def free_port():
 
 
 class Process:
-    """A real `python -m nanochat.scripts.chat_web`; `url` is where it listens."""
-    def __init__(self, base, *flags, page=False, **env):
+    """A real `python -m nanochat.scripts.chat_web`; `url` is where it listens. `warm`: forked, behind a stand-in that passes signals on, so that its process number is not the server's."""
+    def __init__(self, base, *flags, page=False, warm=False, **env):
         self.port = free_port()
         self.url, self.log = f'http://127.0.0.1:{self.port}', Path(base)/f'server-{self.port}.log'
-        command = [sys.executable, '-m', 'nanochat.scripts.chat_web', '--device', 'cpu', '--port', str(self.port), *([] if page else ['--no-page']), *flags]
-        environment = {**os.environ, 'NANOCHAT_BASE_DIR': str(base), 'NANOCHAT_DTYPE': 'float32', 'OMP_NUM_THREADS': '1', **env}
+        command = [warm_python().python if warm else sys.executable, '-m', 'nanochat.scripts.chat_web', '--device', 'cpu', '--port', str(self.port), *([] if page else ['--no-page']), *flags]
+        environment = {**(warm_python().environ() if warm else os.environ), 'NANOCHAT_BASE_DIR': str(base), 'NANOCHAT_DTYPE': 'float32', 'OMP_NUM_THREADS': '1', **env}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self.log.open('w'), text=True)
         self.hello = self.process.stdout.readline()
         assert self.url in self.hello, self.errors()

@@ -177,7 +177,8 @@ def test_import_brings_no_jupyter():
 
 def test_plain_pytest_works_too():
     """`pytest lessons/assignments/tests/test_a1.py` for those who want pytest's own messages."""
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(ROOT/'tests'/'test_a1.py')], capture_output=True, text=True, cwd=ROOT.parents[1])
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(ROOT/'tests'/'test_a1.py')], capture_output=True, text=True, cwd=ROOT.parents[1],
+                          env={**os.environ, 'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'})   # the plugins of our other tests take seconds to import
     assert done.returncode == 1 and 'NotImplementedError' in done.stdout
 
 

@@ -213,13 +213,13 @@ def test_sigterm_in_mid_stream(web):
 
 def test_drain_is_bounded_and_a_second_signal_ends_at_once(base):
     """`--drain-seconds` cuts off what takes longer, with an event that says so; a second Ctrl-C does not wait for it."""
-    with Process(base, '--drain-seconds', '0.3', '--slots', '2', '--pace', '0') as p, Wire(p.port) as w:
+    with Process(base, '--drain-seconds', '0.3', '--slots', '2', '--pace', '0', warm=True) as p, Wire(p.port) as w:
         w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
         p.signal(signal.SIGINT)
         body = w.read_all().split(b'\r\n')[-4]
         error = check_error(500, json.loads(body.removeprefix(b'data: ')))
         assert error['code'] == 'server_shutdown' and p.process.wait(10) == 0 and 'cut off' in p.errors() and 'Traceback' not in p.errors(), p.errors()
-    with Process(base, '--drain-seconds', '60', '--slots', '2', '--pace', '0') as p, Wire(p.port, receive_buffer=2048) as w:
+    with Process(base, '--drain-seconds', '60', '--slots', '2', '--pace', '0', warm=True) as p, Wire(p.port, receive_buffer=2048) as w:
         w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')   # and reads no further: it would hold up the end
         p.signal(signal.SIGTERM)
         wait_for(lambda: p.get('/health')[0] == 503)
