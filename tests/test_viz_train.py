@@ -210,9 +210,11 @@ def test_trials_spend_their_budget():
 
 def test_the_paper_law_by_hand():
     best = vt.best_depth(4.64e18)
-    by_hand = min(range(4, 61), key=lambda d: abs(math.log(4.64e18 / model_size(gpt_config(d)).flops_per_token / model_size(gpt_config(d)).scaling / 10.5)))
+    sizes = {d: model_size(gpt_config(d)) for d in range(4, 61)}
+    by_hand = min(sizes, key=lambda d: abs(math.log(4.64e18 / sizes[d].flops_per_token / sizes[d].scaling / 10.5)))
     assert best['depth'] == by_hand
-    for flops in vt.REAL_BUDGETS: assert vt.paper_explorer().set(flops=flops).error is None
+    board = vt.paper_explorer()
+    for flops in vt.REAL_BUDGETS: assert board.set(flops=flops).error is None
 
 
 # Cache ----------------------------------------------------------------------------------------------------------------
