@@ -133,7 +133,7 @@ def refused(capsys, home, words, script, *args):
     ('target_flops nan must be positive', 'base_train', ['--depth', '1', '--target-flops', 'nan']),
     ('n_head 1 is not a multiple of n_kv_head 3', 'base_train', ['--depth', '1', '--n-kv-head', '3']),
     ('layers, heads, vocabulary and sequence length must be at least 1', 'base_train', ['--depth', '1', '--n-kv-head', '0']),
-    ('of disk and only', 'base_train', ['--depth', '3000', '--num-iterations', '1', '--corpus', 'MINE']),
+    ('of disk and only', 'base_train', ['--depth', '60', '--aspect-ratio', '6400', '--num-iterations', '1', '--corpus', 'MINE']),
     ('--ngram-tokens 0', 'base_eval', ['--corpus', 'MINE', '--ngram-tokens=-1']),
     ('ngram_order must be at least 1', 'base_eval', ['--corpus', 'MINE', '--ngram-order', '0']),
     ('the corpus has no name', 'tok_train', ['--corpus', '']),
