@@ -377,7 +377,7 @@ def test_wrong_settings(exported, monkeypatch):
 
 def test_command_line_without_transformers(exported, tmp_path):
     """The export itself needs no transformers: in this process, importing it fails."""
-    code = "import sys; sys.modules['transformers'] = None; from nanochat.scripts import export_hf; export_hf.main()"
+    code = "import sys; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None; from nanochat.scripts import export_hf; export_hf.main()"
     args = ['--source', 'public', '--path', str(exported['place']/'theirs'/'base_checkpoints'/'d3'), '--out', str(tmp_path/'x')]
     done = subprocess.run([warm_python().python, '-c', code, *args], env=warm_python().environ(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
