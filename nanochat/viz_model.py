@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['LABELS', 'KINDS_OF_WEIGHT', 'CLASSICS', 'LINKS', 'STEP_COLORS', 'TOY_ADAMW', 'in_style', 'labelled', 'token_texts',
            'Attended', 'attention_inputs', 'attention_map', 'draw_attention', 'attention_explorer', 'DepthRow',
-           'depth_row', 'html_table', 'weight_bar', 'human_hours', 'depth_html', 'depth_explorer', 'odd_polynomial',
-           'singular_steps', 'skewed_matrix', 'scalar_steps', 'draw_singular', 'singular_stepper', 'muon_stages',
-           'draw_stages', 'Choice', 'Dissection', 'token_losses', 'dissect', 'loss_colour', 'token_span', 'choice_html',
-           'dissection_html', 'core_dissector', 'StepAssumptions', 'StepCosts', 'muon_flops', 'gradient_bytes',
-           'step_costs', 'Span', 'step_spans', 'draw_lanes', 'draw_timeline', 'step_summary', 'step_timeline',
-           'ToyStep', 'flatten_all', 'unflatten_into', 'toy_step', 'reduce_scatter', 'measured_step', 'unsharded_step']
+           'depth_row', 'column_style', 'html_table', 'weight_bar', 'human_hours', 'depth_html', 'depth_explorer',
+           'odd_polynomial', 'singular_steps', 'skewed_matrix', 'scalar_steps', 'draw_singular', 'singular_stepper',
+           'muon_stages', 'draw_stages', 'Choice', 'Dissection', 'token_losses', 'dissect', 'loss_colour', 'token_span',
+           'choice_html', 'dissection_html', 'core_dissector', 'StepAssumptions', 'StepCosts', 'muon_flops',
+           'gradient_bytes', 'step_costs', 'Span', 'step_spans', 'draw_lanes', 'draw_timeline', 'step_summary',
+           'step_timeline', 'ToyStep', 'flatten_all', 'unflatten_into', 'toy_step', 'reduce_scatter', 'measured_step',
+           'unsharded_step']
 
 # %% ../nbs/18_viz_model.ipynb #79e2989d
-import functools, html, math, tempfile, threading, time
+import functools, html, math, re, tempfile, threading, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,12 +140,19 @@ def depth_row(depth: int, *, vocab_size: int = 32768, sequence_len: int = 2048, 
                     plan.tokens, plan.flops, hours, hours * gpus * dollars_per_gpu_hour)
 
 # %% ../nbs/18_viz_model.ipynb #c3444f6f
+def column_style(cells: Sequence[str]) -> str:
+    "Columns of numbers stand to the right, columns of words to the left; long words wrap."
+    plain = [re.sub('<[^>]+>', '', str(c)) for c in cells]
+    side = 'right' if all(re.match(r'[-+±~<>]?[\d.]|(off|n/a|nan|inf|none|-)?$', p, re.I) for p in plain) else 'left'
+    return f'text-align:{side};padding:.2em .5em;white-space:{"normal" if max(map(len, plain), default=0) > 40 else "nowrap"}'
+
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
-    "A table in HTML, right-aligned, one row marked. Cells are taken as HTML."
-    cell = lambda tag, x: f'<{tag} style="text-align:right;padding:.2em .5em;white-space:nowrap">{x}</{tag}>'
-    line = lambda i, r: f'<tr style="{"background:#4c78dd33;font-weight:600" if i == marked else "background:transparent"}">{"".join(cell("td", x) for x in r)}</tr>'
+    "A table in HTML, one row marked. Cells are taken as HTML."
+    styles = [column_style([r[i] for r in rows]) for i in range(len(head))]
+    line = lambda tag, r: ''.join(f'<{tag} style="{s}">{x}</{tag}>' for s, x in zip(styles, r))
+    row = lambda i, r: f'<tr style="{"background:#4c78dd33;font-weight:600" if i == marked else "background:transparent"}">{line("td", r)}</tr>'
     return (f'<table style="border-collapse:collapse;font:13px/1.5 system-ui,sans-serif"><thead><tr style="border-bottom:1px solid {INK}">'
-            f'{"".join(cell("th", h) for h in head)}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table>')
+            f'{line("th", head)}</tr></thead><tbody>{"".join(row(i, r) for i, r in enumerate(rows))}</tbody></table>')
 
 def weight_bar(parameters: dict[str, int], width: int = 110) -> str:
     "Parameters by kind as a bar of coloured pieces."
