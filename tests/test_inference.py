@@ -257,6 +257,20 @@ def test_rings_are_as_long_as_needed_and_no_longer():
                 assert ring_size(window, length, chunk) % 64 == 0 and min(length, window + chunk) <= ring_size(window, length, chunk) < min(length, window + chunk) + 64
 
 
+@few(25)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 99))
+def test_memory_that_was_used_reads_like_new(first, second, seed):
+    """To the bit: nothing is seen of the prompt that was read into the same memory before."""
+    run, rng = CachedGPT(gpt()), random.Random(seed)
+    one, other = words(rng, first, 300), words(rng, second, 300)
+    fresh = read(run, other, 640)[1]
+    used, _ = read(run, one, 640)
+    run.spare(used)
+    again, z = read(run, other, 640)
+    assert again is used and again.known == [second] and torch.equal(z, fresh)
+    assert run.scratch(1, 640) is not used and run.scratch(2, 640).known == [0, 0], 'one at a time, and of the right size'
+
+
 # --- kept caches -----------------------------------------------------------------------------------------------------
 
 @few(25)

@@ -49,6 +49,13 @@ def test_prose(path):
 
 
 @pytest.mark.parametrize('path', LESSONS, **by_name)
+def test_code_fits_the_page(path):
+    """No line of code that must be scrolled sideways in a window half a screen wide."""
+    for c in cells(path):
+        if c['cell_type'] == 'code': assert max(map(len, source(c).split('\n'))) <= 95, f'cell {c["id"]} has a line of more than 95 characters'
+
+
+@pytest.mark.parametrize('path', LESSONS, **by_name)
 def test_links(path):
     """Every relative link leads to a file of this repository; papers are named by a well-formed arXiv number."""
     for link in re.findall(r'\]\(([^)\s]+)\)', markdown(path)):

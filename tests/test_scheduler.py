@@ -2,6 +2,7 @@
 import asyncio
 import functools
 import gc
+import itertools
 import os
 import random
 import subprocess
@@ -496,6 +497,24 @@ def test_between_two_steps_at_most_a_chunk_is_read(make, chunk):
             assert between <= chunk
     assert reads == 3 * n
     for i, t in enumerate(long): assert t.tokens == alone(watched.engine, t.prompt, 3, limit=640, seed=i)
+
+
+def test_short_prompts_are_read_together(make):
+    """Eight arrive at once while somebody streams: four between two steps, each with the tokens it would have got alone."""
+    watched, rng = Watched(Engine(engine().model, NoEnds())), random.Random(0)
+    s = make(watched.engine, slots=9, chunk=128, limit=640, kept=0)
+    streaming = s.submit([1, 2], max_tokens=400)
+    until(lambda: len(streaming.tokens) > 2)
+    begun = len(watched.log)
+    watched.hold()
+    short = [s.submit([rng.randrange(31) for _ in range(10 + i)], max_tokens=4, seed=i) for i in range(8)]
+    watched.open()
+    finished(*short)
+    names = [name for name, *_ in watched.log[begun:]]
+    streaming.cancel()
+    groups = [len(list(g)) for name, g in itertools.groupby(names) if name == 'read']
+    assert groups == [4, 4], groups
+    for i, t in enumerate(short): assert t.tokens == alone(watched.engine, t.prompt, 4, limit=640, seed=i)
 
 
 def test_first_come_first_served(make):
