@@ -152,8 +152,8 @@ def test_every_gsm8k_solution_is_parts_whose_calls_the_calculator_reproduces(rea
             for call, output in zip(*[[p['text'] for p in parts if p['type'] == k] for k in ('python', 'python_output')]): kinds[call_kind(call, output)] += 1
             kinds['none'] += len(parts) == 1
             assert task.evaluate(c, completion_text(c)) == 1 and parts[-1]['text'].splitlines()[-1].startswith('#### ')
-    assert counts['train'] == {'same': 17368, 'same value': 6348, 'none': 95}
-    assert counts['test'] == {'same': 3140, 'same value': 1141, 'no number': 1, 'none': 18}
+    assert counts['train'] == {'same': 23049, 'same value': 667, 'none': 95}
+    assert counts['test'] == {'same': 4126, 'same value': 155, 'no number': 1, 'none': 18}
 
 
 def test_gsm8k_marks_strictly(real):

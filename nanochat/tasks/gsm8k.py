@@ -27,11 +27,12 @@ def calls(solution: str) -> list[tuple[str, str]]:
     return _CALL.findall(solution)
 
 def call_kind(expression: str, result: str) -> str:
-    "How our calculator compares with a recorded result: 'same' text, 'same value', 'differs', 'no value' of ours, or 'no number' recorded."
+    "How what the engine inserts compares with a recorded result: 'same' text, 'same value', 'differs', 'no value' of ours, or 'no number' recorded."
+    from nanochat.engine import calculator_text
     from nanochat.execution import use_calculator
     value = use_calculator(expression)
     if value is None: return 'no value'
-    if str(value) == result: return 'same'
+    if calculator_text(value) == result: return 'same'
     try: recorded = float(result.replace(',', ''))
     except ValueError: return 'no number'
     return 'same value' if abs(value - recorded) <= 1e-9 * max(1, abs(recorded)) else 'differs'
