@@ -16,4 +16,5 @@ export JUPYTER_PREFER_ENV_PATH=1 GRADIO_ANALYTICS_ENABLED=False HF_HUB_OFFLINE=1
 # No question about news and no request to the network: the extension that asks is off, for this start only.
 export JUPYTER_CONFIG_PATH="$ROOT/runs/jupyter${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
 say "Opening lesson 0; Ctrl-C twice ends JupyterLab"
-exec jupyter lab "$@" lessons/00_start_here.ipynb
+# Without the root, JupyterLab would show lessons/ only, and links into nbs/ would lead nowhere.
+exec jupyter lab --ServerApp.root_dir="$ROOT" "$@" lessons/00_start_here.ipynb
