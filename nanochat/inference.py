@@ -387,8 +387,8 @@ class RunnerMemory(MergedSteps):
         return cache.emptied() if cache and (cache.slots, cache.length) == (rows, length) else self.new_cache(rows, length, CHUNK)
 
     def spare(self, cache: RingCache) -> None:
-        "`cache` from `scratch` is not needed any more."
-        self.spares.append(cache)
+        "`cache` from `scratch` is not needed any more. One for a single prompt is kept; a larger one would hold memory for nothing."
+        if cache.slots == 1: self.spares.append(cache)
 
     def slots(self, slots: int, length: int) -> RingCache:
         "An empty cache for decoding in at most `slots` rows."

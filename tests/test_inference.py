@@ -269,6 +269,8 @@ def test_memory_that_was_used_reads_like_new(first, second, seed):
     again, z = read(run, other, 640)
     assert again is used and again.known == [second] and torch.equal(z, fresh)
     assert run.scratch(1, 640) is not used and run.scratch(2, 640).known == [0, 0], 'one at a time, and of the right size'
+    run.spare(run.scratch(2, 640))
+    assert not run.spares, 'what many prompts needed is let go'
 
 
 # --- kept caches -----------------------------------------------------------------------------------------------------

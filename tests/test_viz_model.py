@@ -344,3 +344,10 @@ def test_flat(world):
     again = [torch.zeros_like(p) for p in parts]
     V.unflatten_into(x, again)
     assert all(torch.equal(a, b) for a, b in zip(parts, again))
+
+
+def test_tables_put_numbers_right_and_words_left():
+    """Long words wrap; a column is one of numbers only if every cell begins like one, marks around it left aside."""
+    style = lambda *cells: viz_model.column_style(cells)
+    assert 'text-align:right' in style('1.2M', '<b>-3</b>', 'off', '3,779 tokens/s') and 'text-align:left' in style('12', 'twelve') and 'text-align:left' in style('nano')
+    assert 'white-space:normal' in style('word ' * 12) and 'white-space:nowrap' in style('word')

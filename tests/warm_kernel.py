@@ -6,10 +6,10 @@ messages, interrupts and end. The kernel specification `python3` in a folder of 
     os.environ['JUPYTER_PATH'] = warm_kernels()  # the same ones for all files of a test process
     NotebookClient(nb, kernel_name='python3').execute()
 """
-import atexit, functools, gc, json, os, select, shutil, signal, socket, subprocess, sys, tempfile, time
+import atexit, functools, json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
-from warm_python import SHIM, serve_one
+from warm_python import SHIM, listen
 
 
 def load():
@@ -26,22 +26,7 @@ def load():
 def serve(path):
     """Load, listen, fork."""
     load()
-    gc.collect()
-    gc.freeze()  # no collection in a fork touches, and so copies, the pages of all these modules
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests were started in the background, which ignores it
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    parent = os.getppid()
-    while os.getppid() == parent:
-        if not select.select([listener], [], [], 1)[0]: continue
-        connection, _ = listener.accept()
-        if not os.fork():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            listener.close()
-            serve_one(connection)
-        connection.close()
+    listen(path)
 
 
 class WarmKernels:

@@ -80,15 +80,8 @@ def serve_one(connection):
     os._exit(0)
 
 
-def serve(path):
-    """Import, listen, fork."""
-    import importlib, pkgutil
-    import numpy, pyarrow.parquet, rustbpe, safetensors.torch, tiktoken, tokenizers, torch._dynamo, torch.distributed.run, tyro, matplotlib.figure, matplotlib.backends.backend_svg  # noqa: F401, E401
-    import nanochat.core_eval, nanochat.leaderboard, nanochat.scripts, nanochat.tasks.pydoc  # noqa: F401, E401
-    for m in pkgutil.iter_modules(nanochat.scripts.__path__):
-        if m.name != 'chat_web': importlib.import_module(f'nanochat.scripts.{m.name}')
-    torch.empty(2).sum()
-    nanochat.tasks.pydoc.pydoc_index()  # three seconds for every process that fine-tunes in a new base directory
+def listen(path):
+    """Fork for every request, until the process that started this one is gone."""
     gc.collect()
     gc.freeze()  # no collection in a fork touches, and so copies, the pages of all these modules
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests were started in the background, which ignores it
@@ -105,6 +98,18 @@ def serve(path):
             listener.close()
             serve_one(connection)
         connection.close()
+
+
+def serve(path):
+    """Import, listen, fork."""
+    import importlib, pkgutil
+    import numpy, pyarrow.parquet, rustbpe, safetensors.torch, tiktoken, tokenizers, torch._dynamo, torch.distributed.run, tyro, matplotlib.figure, matplotlib.backends.backend_svg  # noqa: F401, E401
+    import nanochat.core_eval, nanochat.leaderboard, nanochat.scripts, nanochat.tasks.pydoc  # noqa: F401, E401
+    for m in pkgutil.iter_modules(nanochat.scripts.__path__):
+        if m.name != 'chat_web': importlib.import_module(f'nanochat.scripts.{m.name}')
+    torch.empty(2).sum()
+    nanochat.tasks.pydoc.pydoc_index()  # three seconds for every process that fine-tunes in a new base directory
+    listen(path)
 
 
 class WarmPython:
