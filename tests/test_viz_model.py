@@ -348,6 +348,7 @@ def test_flat(world):
 
 def test_tables_put_numbers_right_and_words_left():
     """Long words wrap; a column is one of numbers only if every cell begins like one, marks around it left aside."""
-    style = lambda *cells: viz_model.column_style(cells)
+    from nanochat.viz_model import column_style
+    style = lambda *cells: column_style(cells)
     assert 'text-align:right' in style('1.2M', '<b>-3</b>', 'off', '3,779 tokens/s') and 'text-align:left' in style('12', 'twelve') and 'text-align:left' in style('nano')
     assert 'white-space:normal' in style('word ' * 12) and 'white-space:nowrap' in style('word')
