@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from .common import UserError
 from .execution import use_calculator
 from .gpt import GPT, softcapped_logits
-from .inference import closed_gaps, runner_for
+from .inference import closed_gaps
+from .native import runner_for
 
 # %% ../nbs/12_engine.ipynb #f8a23192
 class CacheMemory:
@@ -345,19 +346,20 @@ class ForwardRunner:
         return self.model.forward(ids[:, None], kv_cache=cache)[:, -1]
 
 # %% ../nbs/12_engine.ipynb #d992fe3d
-def draw_group(logits: Tensor, rows: list[Row], draw: Draw, softcap: float | None) -> Tensor:
-    "Tokens (n,) for rows that are drawn alike."
+def draw_group(logits: Tensor, rows: list[Row], draw: Draw, runner: Any) -> Tensor:
+    "Tokens (n,) for rows that are drawn alike, by the runner where it can: PyTorch's threads, woken for a moment, would be in the way of those in C."
     u = torch.tensor([next(row.noise) for row in rows]).to(logits.device, non_blocking=True) if draw.temperature else None
-    return pick(logits, u, draw.temperature, draw.top_k, draw.top_p, softcap)[:, 0]
+    tokens = runner.draw(logits, u, draw.temperature, draw.top_k, draw.top_p) if hasattr(runner, 'draw') else None
+    return pick(logits, u, draw.temperature, draw.top_k, draw.top_p, getattr(runner, 'softcap', None))[:, 0] if tokens is None else tokens
 
-def draw_tokens(logits: Tensor, rows: list[Row], softcap: float | None = None) -> Tensor:
-    "The next token of every row, (n,), left on the device; logits (n, V)."
+def draw_tokens(logits: Tensor, rows: list[Row], runner: Any = None) -> Tensor:
+    "The next token of every row, (n,), left on the device; logits (n, V), which may be used up."
     first = rows[0].draw
-    if all(row.draw is first or row.draw == first for row in rows): return draw_group(logits, rows, first, softcap)
+    if all(row.draw is first or row.draw == first for row in rows): return draw_group(logits, rows, first, runner)
     groups: dict[Draw, list[int]] = {}
     for i, row in enumerate(rows): groups.setdefault(row.draw, []).append(i)
     out = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for draw, members in groups.items(): out[members] = draw_group(logits[members], [rows[i] for i in members], draw, softcap)
+    for draw, members in groups.items(): out[members] = draw_group(logits[members], [rows[i] for i in members], draw, runner)
     return out
 
 # %% ../nbs/12_engine.ipynb #3ee0aa72
@@ -399,7 +401,7 @@ class Rows:
         self.rows, self.drawn = self.rows + rows, self.drawn + [drawn]
 
     def _drawn(self, logits: Tensor, rows: list[Row]) -> tuple[Tensor, Arriving]:
-        tokens = draw_tokens(logits, rows, self.runner.softcap)
+        tokens = draw_tokens(logits, rows, self.runner)
         return tokens, Arriving(tokens)
 
     def _feed(self, ids: Tensor) -> None:
@@ -516,10 +518,10 @@ def collect(decoder: Decoder, keep_end: bool) -> list[tuple[list[list[int]], lis
 class EngineModel:
     """A model with its tokenizer, and what was made of its weights for inference.
 
-    `weights`: 'int8' steps with weights in bytes where that is fastest, on a CPU that computes in bf16; 'compute' keeps the model's own dtype, as evaluation
-    and reinforcement learning should. Of 600 answers of the quickstart's model, two differed."""
-    def __init__(self, model: Any, tokenizer: Any, weights: str = 'int8'):
-        self.model, self.tokenizer, self.weights = getattr(model, '_orig_mod', model), tokenizer, weights  # a compiled model would compile anew for every batch size
+    `in_c`: take steps in C on a CPU with a compiler. `weights`, where PyTorch takes them: 'int8' has them in bytes where that is fastest, on a CPU that
+    computes in bf16; 'compute' keeps the model's own dtype, as evaluation and reinforcement learning should. Of 600 answers of the quickstart's model, two differed."""
+    def __init__(self, model: Any, tokenizer: Any, weights: str = 'int8', in_c: bool = True):
+        self.model, self.tokenizer, self.weights, self.in_c = getattr(model, '_orig_mod', model), tokenizer, weights, in_c  # a compiled model would compile anew for every batch size
         self._made: dict[str, tuple] = {}
 
     def _fresh(self, name: str, make: Callable) -> Any:
@@ -535,7 +537,7 @@ class EngineModel:
     @torch.inference_mode()
     def runner(self) -> Any:
         "What reads prompts and takes steps."
-        make = lambda: runner_for(self.model, self.weights) if isinstance(self.model, GPT) else ForwardRunner(inference_copy(self.model))
+        make = lambda: runner_for(self.model, self.weights, self.in_c) if isinstance(self.model, GPT) else ForwardRunner(inference_copy(self.model))
         return self._fresh('runner', make)
 
 # %% ../nbs/12_engine.ipynb #18bb0e03

@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'Dense', 'Packed', 'Int8', 'works', 'linear_forms', 'Layer',
            'embedding_tables', 'value_table', 'ring_size', 'RingMemory', 'Reach', 'reach', 'step_biases', 'bias_start',
            'RingViews', 'closed_gaps', 'CopiedRows', 'RingCopies', 'RingCache', 'attend', 'MergedGPT', 'MergedCaches',
            'MergedBlock', 'MergedEmbeddings', 'MergedSteps', 'RunnerMemory', 'CachedGPT', 'bucket', 'GraphedGPT',
-           'RecordedGPT', 'runner_for']
+           'RecordedGPT']
 
 # %% ../nbs/11_inference.ipynb #3549ff5f
 from collections import deque
@@ -131,10 +131,11 @@ def ring_size(window: int, length: int, chunk: int) -> int:
 # %% ../nbs/11_inference.ipynb #0e39494e
 class RingMemory:
     "Keys and values of `slots` texts; the first `rows` are in use. Per layer (2, slots * H_kv, R, D), so that any number of slots is one batch of products."
+    fresh = staticmethod(torch.zeros)  # masked places must be finite
     def __init__(self, windows: list[int], slots: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, no_token: int, chunk: int = 1):
         self.windows, self.slots, self.heads, self.head_dim, self.no_token = windows, slots, heads, head_dim, no_token
         self.rings, self.length, self.chunk = [ring_size(w, length, chunk) for w in windows], length, chunk
-        self.kv = [torch.zeros(2, slots * heads, R, head_dim, device=device, dtype=dtype) for R in self.rings]
+        self.kv = [self.fresh(2, slots * heads, R, head_dim, device=device, dtype=dtype) for R in self.rings]
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)        # positions read, per slot
         self.last = torch.full((slots,), no_token, dtype=torch.long, device=device)  # the token read last
         self.known: list[int] = [0] * slots                                        # `lengths`, on the host
@@ -261,7 +262,7 @@ class RingCache(RingCopies):
     "Ring memory whose rows are admitted, released, kept and continued."
     def kept(self, row: int) -> 'RingCache':
         "A copy of one row, to be continued later."
-        copy = RingCache(self.windows, 1, pad_to(self.known[row], 64), self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
+        copy = type(self)(self.windows, 1, pad_to(self.known[row], 64), self.heads, self.head_dim, self.lengths.device, self.kv[0].dtype, self.no_token, self.chunk)
         copy._copy(self, row, 0)
         return copy
 
@@ -301,7 +302,7 @@ class MergedGPT:
         self.heads, self.kv_heads, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
         self.scale = c.qk_scale**2 * self.head_dim**0.5
         (self.table, self.share), self.values = embedding_tables(model), value_table(model)
-        reading, stepping = linear_forms(self.device, self.dtype, weights)
+        reading, stepping = self.forms(weights)
         self.read_layers = prepare_layers(model, reading)
         self.step_layers = self.read_layers if stepping is reading else prepare_layers(model, stepping)
         head = (model.lm_head.weight.detach() * c.n_embd**0.5).to(self.dtype)[:pad_to(c.vocab_size, 32)]
@@ -314,14 +315,20 @@ class MergedGPT:
         self.stream = torch.float32 if self.device.type == 'cpu' else self.dtype  # the residual stream: fp32 saves casts on a CPU
         self.x0 = torch.tensor([layer.x0 for layer in self.read_layers], device=self.device, dtype=self.stream)[:, None, None] if c.layer_scalars else None
 
+    def forms(self, weights: str) -> tuple[Callable, Callable]:
+        "The forms of weight to read and to step with."
+        return linear_forms(self.device, self.dtype, weights)
+
 # %% ../nbs/11_inference.ipynb #c5e7b6e8
 class MergedCaches(MergedGPT):
     "The memory that goes with them."
     def new_cache(self, slots: int, length: int, chunk: int = 1) -> RingCache:
         "A cache for texts of at most `length` tokens, written at most `chunk` tokens at a time."
         windows = [layer.window for layer in self.read_layers]
-        dtype = torch.float32 if self.device.type == 'cpu' else self.dtype
-        return RingCache(windows, slots, length, self.kv_heads, self.head_dim, self.device, dtype, len(self.table) - 1, chunk)
+        return self.cache_type(windows, slots, length, self.kv_heads, self.head_dim, self.device, self.cache_dtype, len(self.table) - 1, chunk)
+
+    cache_type = RingCache
+    cache_dtype = property(lambda self: torch.float32 if self.device.type == 'cpu' else self.dtype, doc='Of keys and values: bf16 products of one query start slowly on a CPU.')
 
 # %% ../nbs/11_inference.ipynb #ad5eb780
 class MergedBlock(MergedCaches):
@@ -467,8 +474,3 @@ class RecordedGPT(GraphedGPT):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool): logits = run()
         return graph, ids, logits, cache  # the cache is kept alive: the recording holds its addresses
-
-# %% ../nbs/11_inference.ipynb #93a9f7be
-def runner_for(model: GPT, weights: str = 'compute') -> CachedGPT:
-    "The fastest way to run this model here."
-    return (RecordedGPT if model.get_device().type == 'cuda' else CachedGPT)(model, weights)

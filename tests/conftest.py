@@ -1,5 +1,6 @@
 """Shared by all tests: one compute thread, a base directory of their own, and the real data where it is present."""
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
+os.environ.setdefault('NANOCHAT_NATIVE', str(Path(tempfile.gettempdir())/f'nanochat-tests-{os.getuid()}'))  # compiled once for all of them
 
 SHARED = Path(os.environ.get('NANOCHAT_SHARED_DATA', Path(__file__).resolve().parents[2]/'shared'/'data'))
 

@@ -72,7 +72,7 @@ def test_command_line(tmp_path):
     out = command(*flags(depth=1, vocab_size=300, sequence_len=64, device='cpu', plot='speed.svg'), '--quick', '--prompt-lengths', '8', '--context', '16', cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     r = json.loads(out.stdout.splitlines()[-1])
-    assert r['stage'] == 'infer_bench' and r['dtype'] == 'float32' and r['programs'] == ['plain', 'compute'], 'int8 needs bf16: it should have been left out'
+    assert r['stage'] == 'infer_bench' and r['dtype'] == 'float32' and r['programs'] in (['plain', 'compute', 'pytorch'], ['plain', 'compute']), 'int8 needs bf16: it should have been left out'
     assert r['many']['same_answers'] == r['many']['prompts'] == 8 and r['serving']['same_answers'] == r['serving']['requests'] == 4
     assert [row['rows'] for row in r['decode']] == [1, 4, 1, 4] and {row['sampling'] for row in r['decode']} == {'temperature 0.8, top-k 50', 'greedy'}
     assert out.stdout.startswith(ib.table(r)), 'the table should show what the JSON line says'
@@ -83,7 +83,7 @@ def test_command_line(tmp_path):
 
 def test_fields(tiny):
     """What README and report may rely on."""
-    assert set(tiny) == {'stage', 'device', 'threads', 'dtype', 'source', 'depth', 'width', 'vocab_size', 'sequence_len', 'pattern', 'parameters', 'context', 'new_tokens', 'rounds',
+    assert set(tiny) == {'stage', 'device', 'threads', 'dtype', 'source', 'depth', 'width', 'vocab_size', 'sequence_len', 'pattern', 'parameters', 'steps', 'context', 'new_tokens', 'rounds',
                          'programs', 'sampling', 'memory', 'bandwidth', 'prefill', 'decode', 'many', 'serving'}
     for row in tiny['prefill']: assert set(row) == {'prompts', 'length', 'ttft_ms', 'tokens_per_s', 'ratio'}
     for row in tiny['decode']: assert set(row) == {'rows', 'sampling', 'context', 'ms_per_token', 'tokens_per_s', 'ratio', 'step_bytes', 'bytes_per_s', 'cache_bytes'}

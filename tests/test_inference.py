@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 import nanochat.inference as inference
 from nanochat.common import UserError
 from nanochat.gpt import SOFTCAP
-from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, Reach, RingCache, attend, linear_forms, reach, ring_size, runner_for, works
+from nanochat.inference import CHUNK, CachedGPT, Dense, Int8, Packed, Reach, RingCache, attend, linear_forms, reach, ring_size, works
+from nanochat.native import runner_for
 from test_engine import random_gpt
 
 CPU = torch.device('cpu')

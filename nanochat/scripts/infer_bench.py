@@ -28,6 +28,7 @@ from ..common import Progress, UserError, cli, compute_dtype, cpu_name, detect_d
 from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, dismiss_team, model_dtype, sample_next_token
 from ..gpt import GPT
 from ..inference import Int8, linear_forms
+from ..native import fits, native_state
 from ..scaling import gpt_config
 from .train_bench import build
 
@@ -44,7 +45,7 @@ class InferBenchConfig:
     sequence_len: int = 512
     window_pattern: str = 'SSSL'
     device: str = ''                # cuda, mps or cpu; empty: the best there is
-    weights: tuple[str, ...] = ('compute', 'int8')    # the engine's forms of weight to measure
+    weights: tuple[str, ...] = ('compute', 'pytorch', 'int8')  # the engine's ways: steps in C where that can be; by PyTorch; by PyTorch with weights in bytes
     plain: bool = True              # also the model's own forward, fp32 weights, eager
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)     # rows decoded at once, samples of one prompt
     prompt_lengths: tuple[int, ...] = (32, 128, 448)  # tokens, for prefill
@@ -88,8 +89,8 @@ def check_sizes(cfg: InferBenchConfig) -> None:
 def check_choices(cfg: InferBenchConfig) -> None:
     "Raise `UserError` for words that mean nothing here."
     if cfg.source not in ('', 'base', 'mid', 'sft', 'rl'): raise UserError(f"source '{cfg.source}' is unknown; use base, mid, sft or rl, or leave it out for a random model")
-    if odd := set(cfg.weights) - {'compute', 'int8'}: raise UserError(f"weights '{sorted(odd)[0]}' are unknown; use compute, int8 or both")
-    if not cfg.programs or len(set(cfg.weights)) < len(cfg.weights): raise UserError('nothing to measure, or one thing twice; give --weights compute, int8 or both')
+    if odd := set(cfg.weights) - {'compute', 'pytorch', 'int8'}: raise UserError(f"weights '{sorted(odd)[0]}' are unknown; use compute, pytorch, int8 or several of them")
+    if not cfg.programs or len(set(cfg.weights)) < len(cfg.weights): raise UserError('nothing to measure, or one thing twice; give --weights compute, pytorch, int8 or several of them')
     if (cfg.many or cfg.concurrency) and not cfg.weights: raise UserError('many prompts and the scheduler need the engine; give --weights compute, or --many 0 --concurrency 0')
     if cfg.plot and Path(cfg.plot).suffix not in ('.svg', '.png', '.pdf'): raise UserError(f"'{cfg.plot}' is no kind of figure known here; end the name in .svg, .png or .pdf")
     if cfg.plot and not Path(cfg.plot).absolute().parent.is_dir(): raise UserError(f"the folder of '{cfg.plot}' does not exist; make it first")
@@ -160,7 +161,7 @@ class Plain:
 class Fast:
     "The engine with one form of weights."
     def __init__(self, model: GPT, weights: str):
-        self.engine = Engine(model, Endless(), weights=weights)
+        self.engine = Engine(model, Endless(), 'int8' if weights == 'int8' else 'compute', in_c=weights == 'compute')
     def stream(self, prompt: list[int], rows: int, new_tokens: int, draw: Draw, seed: int = 42) -> Iterator[list[int]]:
         return (column for column, _ in self.engine.generate(prompt, rows, new_tokens, draw.temperature, draw.top_k, seed))
     def read(self, prompts: list[list[int]], draw: Draw) -> None:
@@ -185,14 +186,15 @@ def int8_works(model: GPT) -> bool:
     return linear_forms(model.get_device(), model_dtype(model), 'int8')[1] is Int8
 
 def programs(cfg: InferBenchConfig, model: GPT) -> dict[str, Plain | Fast]:
-    "All that are measured, by name. Asking for int8 where it cannot be leaves it out."
-    names = [n for n in cfg.programs if n != 'int8' or int8_works(model)]
+    "All that are measured, by name. Left out: int8 where it cannot be, and PyTorch beside itself where nothing else takes the steps."
+    alike = 'compute' in cfg.weights and not fits(model)
+    names = [n for n in cfg.programs if not (n == 'int8' and not int8_works(model) or n == 'pytorch' and alike)]
     if not names or (not set(names) - {'plain'} and cfg.weights): raise UserError(f'int8 weights need bf16 on a CPU, and here is {model_dtype(model)} on {model.get_device()}; give --weights compute')
     return {n: Plain(model) if n == 'plain' else Fast(model, n) for n in names}
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #dda66d45
 def weight_bytes(model: GPT, program: str) -> int:
-    "Bytes of weights that one decoding step reads: fp32 for 'plain', the compute dtype for 'compute'; for 'int8' a byte and a scale per output, the head excepted."
+    "Bytes of weights that one decoding step reads: fp32 for 'plain', the compute dtype for 'compute' and 'pytorch'; for 'int8' a byte and a scale per output, the head excepted."
     size = 4 if program == 'plain' else model_dtype(model).itemsize
     blocks = [m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
     if program == 'int8': held = sum(w.numel() + size * w.shape[0] for w in blocks)
@@ -418,7 +420,7 @@ def describe(cfg: InferBenchConfig, model: GPT) -> dict[str, Any]:
     c, device = model.config, model.get_device()
     return dict(stage='infer_bench', device=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(), threads=torch.get_num_threads(),
                 dtype=str(model_dtype(model)).split('.')[-1], source=cfg.source or 'random', depth=c.n_layer, width=c.n_embd, vocab_size=c.vocab_size, sequence_len=c.sequence_len,
-                pattern=c.window_pattern, parameters=sum(p.numel() for p in model.parameters()), context=cfg.context, new_tokens=cfg.new_tokens, rounds=cfg.rounds)
+                steps=native_state() if fits(model) else 'PyTorch', pattern=c.window_pattern, parameters=sum(p.numel() for p in model.parameters()), context=cfg.context, new_tokens=cfg.new_tokens, rounds=cfg.rounds)
 
 def memory(b: Bench) -> dict[str, Any]:
     "Bytes: the model as loaded, what each program holds for itself, the weights it reads per step, and the peak of this process, in which all programs live together."
@@ -455,7 +457,7 @@ def head_lines(r: dict[str, Any]) -> list[str]:
     "What was measured."
     bus = r['bandwidth']['bytes_per_s']
     return [f"depth {r['depth']}, width {r['width']}, vocabulary {r['vocab_size']}, rows of {r['sequence_len']}, {r['pattern']}, {r['source']} weights, {r['dtype']}",
-            f"on {r['device']} ({r['threads']} threads), bandwidth {f'{bus / 1e9:,.1f} GB/s ' + r['bandwidth']['source'] if bus else 'n/a'}; medians of {r['rounds']} alternating turns"]
+            f"on {r['device']} ({r['threads']} threads), steps of 'compute' by {r['steps']}, bandwidth {f'{bus / 1e9:,.1f} GB/s ' + r['bandwidth']['source'] if bus else 'n/a'}; medians of {r['rounds']} alternating turns"]
 
 def prefill_lines(r: dict[str, Any]) -> list[str]:
     "Reading prompts."
