@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['C_TYPES', 'STRUCTURES', 'C_VECTORS', 'C_TYPES_AND_SUMS', 'C_NUMBERS', 'C_EXP', 'C_TILE', 'C_PRODUCT', 'C_PRODUCTS',
            'C_SCORE', 'C_BLOCK', 'C_ATTEND', 'C_GATE', 'C_TEAM', 'C_WORKER', 'C_RUN', 'C_SMALL', 'C_STATE', 'C_EMBED',
-           'C_REMEMBER', 'C_LAYER', 'C_PASS', 'C_HEAD', 'C_COPY', 'C_BEST', 'C_ODDS', 'C_PICK', 'C_DRAW', 'SOURCE',
-           'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix', 'CLayer', 'CModel',
-           'CCache', 'CPass', 'CHead', 'CDraw', 'in_panels', 'native', 'native_state', 'threads', 'Panels',
-           'NativeCache', 'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
+           'C_REMEMBER', 'C_LAYER', 'C_PASS', 'C_FORWARD', 'C_COPY', 'MOST_K', 'C_BEST', 'C_ODDS', 'C_PICK', 'C_DRAW',
+           'SOURCE', 'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix', 'CLayer',
+           'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels', 'Pace', 'NativeCache',
+           'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
 
 # %% ../nbs/11_native.ipynb #0c9f1d6e
-import ctypes, functools, hashlib, os, platform, shutil, subprocess
+import ctypes, functools, hashlib, os, platform, shutil, subprocess, time
 from ctypes import addressof, byref, c_float, c_int, c_void_p
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .common import UserError, atomic_file, base_dir
 from .gpt import GPT, pad_to
-from .inference import CachedGPT, RecordedGPT, RingCache, prepare_layers
+from .inference import CHUNK, CachedGPT, RecordedGPT, RingCache, prepare_layers
 
 # %% ../nbs/11_native.ipynb #904e89fb
 def compiler() -> str | None:
@@ -52,13 +52,16 @@ def build(cc: str, source: str, path: Path) -> None:
         raise UserError(f'{cc} cannot compile this for the processor here; set NANOCHAT_NATIVE=0 to do without it. It said: {run.stderr.strip()[-300:]}')
 
 @functools.cache
+def _loaded(source: str, cc: str, folder: Path) -> ctypes.CDLL:
+    path = folder/f'step-{hashlib.sha256(repr((source, cc, processor())).encode()).hexdigest()[:20]}.so'
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists(): build(cc, source, path)
+    return ctypes.CDLL(str(path))
+
 def library(source: str) -> ctypes.CDLL:
     "`source` compiled and loaded. Raises `UserError` or `OSError` where that cannot be."
     if not (cc := compiler()): raise UserError('there is no C compiler here; install gcc or clang, or go on without')
-    path = folder()/f'step-{hashlib.sha256(repr((source, cc, processor())).encode()).hexdigest()[:20]}.so'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists(): build(cc, source, path)
-    return ctypes.CDLL(str(path))
+    return _loaded(source, cc, folder())
 
 # %% ../nbs/11_native.ipynb #742e9239
 C_TYPES = {c_int: 'int', c_float: 'float', c_void_p: 'const void *'}
@@ -88,20 +91,16 @@ class CCache(ctypes.Structure):
     _fields_ = [('slots', c_int)] + [(n, c_void_p) for n in ('rings', 'kv', 'lengths', 'last')]
 
 class CPass(ctypes.Structure):
-    "One pass: `rows` texts, `T` tokens each; hidden states go to `out`."
-    _fields_ = [(n, c_void_p) for n in ('model', 'cache', 'ids')] + [('rows', c_int), ('T', c_int), ('out', c_void_p), ('work', c_void_p)]
+    "One pass: `rows` texts, `T` tokens each; the logits of each text's last go to `logits` (rows, N of the head), where that is not null."
+    _fields_ = [(n, c_void_p) for n in ('model', 'cache', 'ids')] + [('rows', c_int), ('T', c_int), ('logits', c_void_p), ('work', c_void_p)]
 
 # %% ../nbs/11_native.ipynb #e2a0fa7e
-class CHead(ctypes.Structure):
-    "Logits y (M, N padded) of hidden states x (M, K)."
-    _fields_ = [('matrix', c_void_p), ('x', c_void_p), ('M', c_int), ('y', c_void_p), ('work', c_void_p)]
-
 class CDraw(ctypes.Structure):
     "A token for each of `rows` rows of logits, `stride` apart, of which the first `vocab` count; `u` one number in [0, 1) per row. Uses the logits up."
     _fields_ = [('logits', c_void_p), ('rows', c_int), ('stride', c_int), ('vocab', c_int), ('top_k', c_int)] \
         + [(n, c_float) for n in ('softcap', 'temperature', 'top_p')] + [('u', c_void_p), ('tokens', c_void_p)]
 
-STRUCTURES = (CMatrix, CLayer, CModel, CCache, CPass, CHead, CDraw)
+STRUCTURES = (CMatrix, CLayer, CModel, CCache, CPass, CDraw)
 
 # %% ../nbs/11_native.ipynb #c80276a3
 C_VECTORS = r'''
@@ -224,7 +223,7 @@ INLINE void put(int how, vec a, float *y) {
   *(vec *)y = a;
 }
 INLINE void few_rows(int bf16, int rows, int how, const char *x, int K, const char *w, float *y, int stride) {
-  vec sums[TILE][4];
+  vec sums[6][4];
   tile(bf16, rows, x, K, w, sums);
   for (int r = 0; r < rows; r++) for (int j = 0; j < 4; j++) put(how, sums[r][j], y + (size_t)r * stride + j * LANES);
 }
@@ -456,13 +455,13 @@ static int widest(const CModel *m) {  // layers with value embeddings have gates
   return most;
 }
 size_t work_size(const CModel *m, int N, int parts) {  // floats
-  return (size_t)N * (3 * m->width + widest(m) + (size_t)m->hidden * (1 + parts));
+  return (size_t)N * (4 * m->width + widest(m) + (size_t)m->hidden * (1 + parts));
 }
 static State state(const CPass *p, Gate *gate, int part) {
   const CModel *m = p->model;
   State s = {.m = m, .c = p->cache, .p = p, .gate = gate, .part = part, .parts = gate->parts, .N = p->rows * p->T, .C = m->width, .Z = widest(m), .F = m->hidden};
   size_t N = s.N;
-  s.x = (float *)p->out; s.e = (float *)p->work; s.half = s.e + N * s.C; s.y = s.half + N * s.C;
+  s.x = (float *)p->work; s.e = s.x + N * s.C; s.half = s.e + N * s.C; s.y = s.half + N * s.C;
   s.z = s.y + N * s.C; s.h = s.z + N * s.Z; s.in = s.h + N * s.F + (size_t)part * N * s.F;
   return s;
 }
@@ -556,6 +555,12 @@ static void finish(const State *s) {
     for (int i = 0; i < s->C; i++) x[i] *= scale;
   }
 }
+static void logits(const State *s) {  // of the last token of each text
+  const CMatrix *W = &s->m->head;
+  size_t row = (size_t)W->K * width_of(W->bf16);
+  for (int r = 0; r < s->p->rows; r++) inputs(W, 0, s->x + (size_t)((r + 1) * s->p->T - 1) * s->C, 1, (char *)s->in + r * row);
+  product(SET, W, s->in, s->p->rows, (float *)s->p->logits, W->N, s->part, s->parts);
+}
 static void pass(const void *job, Gate *gate, int part) {
   State s = state(job, gate, part);
   const CLayer *L = s.m->layer;
@@ -568,8 +573,14 @@ static void pass(const void *job, Gate *gate, int part) {
     if (l == s.m->half) memcpy(s.half + from, s.x + from, (to - from) * sizeof(float));
   }
   finish(&s);
+  meet(gate);
+  if (s.p->logits) logits(&s);
 }
-void hidden(const CPass *p, int parts) {
+'''
+
+# %% ../nbs/11_native.ipynb #50a01e46
+C_FORWARD = r'''
+void forward(const CPass *p, int parts) {  // the pass, then what the cache knows of it
   run(pass, p, parts);
   const CCache *c = p->cache;
   for (int i = 0; i < p->rows; i++) {
@@ -577,18 +588,6 @@ void hidden(const CPass *p, int parts) {
     ((int64_t *)c->last)[i] = ((const int64_t *)p->ids)[(i + 1) * p->T - 1];
   }
 }
-'''
-
-# %% ../nbs/11_native.ipynb #50a01e46
-C_HEAD = r'''
-static void head_of(const void *job, Gate *gate, int part) {
-  const CHead *h = job;
-  const CMatrix *W = h->matrix;
-  void *in = (float *)h->work + (size_t)part * h->M * W->K;
-  inputs(W, 0, h->x, h->M, in);
-  product(SET, W, in, h->M, (float *)h->y, W->N, part, gate->parts);
-}
-void head(const CHead *h, int parts) { run(head_of, h, parts); }
 '''
 
 # %% ../nbs/11_native.ipynb #7d94dcd4
@@ -611,8 +610,9 @@ void copy_row(const CCache *from, int row, const CCache *to, int slot, int layer
 '''
 
 # %% ../nbs/11_native.ipynb #27f424fe
-C_BEST = r'''
-enum { MOST_K = 256 };
+MOST_K = 256  # the longest list; a longer one is PyTorch's business
+
+C_BEST = f'enum {{ MOST_K = {MOST_K} }};' + r'''
 static int best(const float *x, int n, int k, float *values, int *ids) {  // the k largest, largest first, of equals the earliest first
   int have = 0;
   float least = -INFINITY;
@@ -690,7 +690,7 @@ void draw(const CDraw *d, int parts) { run(draw_rows, d, parts); }
 
 # %% ../nbs/11_native.ipynb #914af763
 SOURCE = ''.join([C_VECTORS, C_TYPES_AND_SUMS, C_NUMBERS, C_EXP, *map(declaration, STRUCTURES), C_TILE, C_PRODUCT, C_PRODUCTS, C_SCORE, C_BLOCK, C_ATTEND, C_GATE, C_TEAM, C_WORKER, C_RUN,
-                  C_SMALL, C_STATE, C_EMBED, C_REMEMBER, C_LAYER, C_PASS, C_HEAD, C_COPY, C_BEST, C_ODDS, C_PICK, C_DRAW])
+                  C_SMALL, C_STATE, C_EMBED, C_REMEMBER, C_LAYER, C_PASS, C_FORWARD, C_COPY, C_BEST, C_ODDS, C_PICK, C_DRAW])
 
 # %% ../nbs/11_native.ipynb #d086330c
 @functools.cache
@@ -709,25 +709,37 @@ def native_state() -> str:
     return _native(os.environ.get('NANOCHAT_NATIVE'), os.environ.get('NANOCHAT_BASE_DIR'))[1]
 
 # %% ../nbs/11_native.ipynb #e6f211e2
-def threads(*weights: Tensor) -> int:
-    "How many threads so much reading is worth: one per megabyte, at most PyTorch's number."
-    return min(torch.get_num_threads(), 1 + sum(w.numel() * w.element_size() for w in weights) // 2**20)
-
 class Panels:
-    "A form of weight, as `inference.Dense` is one, for C. x is (rows, K) in fp32, the product (rows, N padded) too."
+    "A form of weight, as `inference.Dense` is one, for C."
     def __init__(self, weight: Tensor):
-        self.lib = native()
-        panel, bf16 = self.lib.panel(), weight.dtype == torch.bfloat16
+        panel = native().panel()
         self.weight = in_panels(weight, panel)
-        self.c = CMatrix(bf16, pad_to(len(weight), panel), weight.shape[1], self.weight.data_ptr())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = threads(self.weight)
-        y, work = torch.empty(len(x), self.c.N), torch.empty(parts * x.numel())
-        self.lib.head(byref(CHead(addressof(self.c), x.data_ptr(), len(x), y.data_ptr(), work.data_ptr())), parts)
-        return y
+        self.c = CMatrix(weight.dtype == torch.bfloat16, pad_to(len(weight), panel), weight.shape[1], self.weight.data_ptr())
 
 # %% ../nbs/11_native.ipynb #3e4e2ab3
+class Pace:
+    "How many threads the next pass gets: all or one, what was faster lately for so much work."
+    def __init__(self, megabytes: float, retry: int = 100):
+        self.most, self.retry = 1 + int(megabytes), retry  # a thread for a megabyte of weights: less is not worth waiting for
+        self.seconds: dict[tuple[int, bool], float] = {}   # lately, by size of the work (a power of two) and whether by one thread
+        self.count, self.latest = 0, 1
+
+    def threads(self, tokens: int) -> int:
+        "For a pass of so many tokens."
+        every = min(self.most, torch.get_num_threads())
+        self.latest, self.count = 1, self.count + 1
+        if every == 1: return 1
+        alone, together = (self.seconds.get((tokens.bit_length(), one), 0.0) for one in (True, False))  # 0: not tried yet
+        other = alone and together and self.count % self.retry == 0
+        self.latest = 1 if (alone < together) != bool(other) else every
+        return self.latest
+
+    def took(self, tokens: int, threads: int, seconds: float) -> None:
+        "What that pass took. A faster one than before is believed at once, a slower one by a third."
+        key = tokens.bit_length(), threads == 1
+        self.seconds[key] = min(seconds, 0.7 * self.seconds.get(key, seconds) + 0.3 * seconds)
+
+# %% ../nbs/11_native.ipynb #833ae0e3
 class NativeCache(RingCache):
     "A ring cache whose rows C copies: PyTorch would wake its threads for it. What has not been written is never read, so fresh memory stays as it is."
     fresh = staticmethod(torch.empty)
@@ -736,6 +748,12 @@ class NativeCache(RingCache):
         super().__init__(*args)
         self.arrays = (c_int * len(self.rings))(*self.rings), (c_void_p * len(self.kv))(*[t.data_ptr() for t in self.kv])
         self.c = CCache(self.slots, *map(addressof, self.arrays), self.lengths.data_ptr(), self.last.data_ptr())
+        self.logits, self._work = None, torch.empty(0)
+
+    def room(self, floats: int) -> Tensor:
+        "Memory for a pass, used again by the next: fresh memory costs more than some passes."
+        if len(self._work) < floats: self._work = torch.empty(floats)
+        return self._work
 
     def _copy(self, source: 'NativeCache', row: int, to: int) -> None:
         size = self.head_dim * self.kv[0].element_size()
@@ -753,7 +771,8 @@ class NativeTables(CachedGPT):
         self._model = CModel(c.n_layer, c.n_embd, self.heads, self.kv_heads, self.head_dim, layers[0].out.c.K, self.dtype == torch.bfloat16,
                              0 if self.values is None else self.values.shape[1], c.layer_scalars, -1 if self.backout is None else c.n_layer // 2,
                              self.scale, self.backout or 0.0, addressof(self._layers), self.head.c, *[t if t is None else t.data_ptr() for t in self._tables])
-        self.lib, self.parts = native(), threads(*[f.weight for l in layers for f in (l.qkv, l.proj, l.fc, l.out)])
+        forms = [f.weight for l in layers for f in (l.qkv, l.proj, l.fc, l.out)]
+        self.lib, self.pace = native(), Pace(sum(w.numel() * w.element_size() for w in forms) / 2**20)
 
     def forms(self, weights: str) -> tuple[type, type]: return super().forms(weights) and (Panels, Panels)
     cache_dtype, cache_type = property(lambda self: self.dtype, doc='Of keys and values.'), NativeCache
@@ -761,30 +780,44 @@ class NativeTables(CachedGPT):
 # %% ../nbs/11_native.ipynb #aa1c462b
 class NativePass(NativeTables):
     "The pass."
-    def hidden(self, ids: Tensor, cache: RingCache, longest: int, layers: list) -> Tensor:
-        "As `CachedGPT.hidden`, in fp32; what the device side of `cache` knows is advanced."
-        (B, T), parts = ids.shape, min(self.parts, torch.get_num_threads())
-        ids, x = ids.contiguous(), torch.empty(ids.numel(), self.config.n_embd)
-        work = torch.empty(self.lib.work_size(byref(self._model), len(x), parts))
-        self.lib.hidden(byref(CPass(addressof(self._model), addressof(cache.c), ids.data_ptr(), B, T, x.data_ptr(), work.data_ptr())), parts)
-        return x
-
-    def advance(self, ids: Tensor, cache: RingCache) -> None:
-        "The first B rows have read ids (B, T): the host's side of it."
-        B, T = ids.shape
+    def _pass(self, ids: Tensor, cache: NativeCache, logits: Tensor | None) -> None:
+        "Read ids (B, T) behind what `cache` holds; logits (B, N of the head) of the last, if wanted."
+        (B, T), threads = ids.shape, self.pace.threads(ids.numel())
+        ids, work = ids.contiguous(), cache.room(self.lib.work_size(byref(self._model), B * T, threads))
+        job = CPass(addressof(self._model), addressof(cache.c), ids.data_ptr(), B, T, None if logits is None else logits.data_ptr(), work.data_ptr())
+        start = time.perf_counter()
+        self.lib.forward(byref(job), threads)
+        self.pace.took(B * T, threads, time.perf_counter() - start)
         cache.known[:B] = [n + T for n in cache.known[:B]]
+
+    def read(self, ids: Tensor, cache: NativeCache) -> Tensor:
+        "As `CachedGPT.read`, in fp32."
+        *chunks, last = ids.split(CHUNK, dim=1)
+        logits = torch.empty(len(ids), self.head.c.N)
+        for chunk in chunks: self._pass(chunk, cache, None)
+        self._pass(last, cache, logits)
+        return logits[:, :self.config.vocab_size]
+
+    def step(self, ids: Tensor, cache: NativeCache, longest: int) -> Tensor:
+        "As `CachedGPT.step`, in fp32. The next step with this cache writes to the same memory."
+        if cache.logits is None: cache.logits = torch.empty(cache.slots, self.head.c.N)
+        self._pass(ids[:, None], cache, cache.logits)
+        return cache.logits[:len(ids), :self.config.vocab_size]
 
 # %% ../nbs/11_native.ipynb #e9de001c
 class NativeGPT(NativePass):
     "Runs a GPT with a ring cache, each pass one call of C."
+    @staticmethod
+    def knows(temperature: float, top_k: int | None, top_p: float | None) -> bool:
+        "Whether C can draw so: not from a long list, and by top-p only from a list."
+        return not temperature or (top_k or 0) <= MOST_K and ((top_p or 1) >= 1 or bool(top_k))
+
     def draw(self, logits: Tensor, u: Tensor | None, temperature: float, top_k: int | None, top_p: float | None) -> Tensor | None:
-        "Tokens (B,) for logits (B, V), which it uses up; None for settings that C does not know: a long list, or top-p without one."
-        k, p = top_k or 0, top_p or 1.0
-        if temperature and (k > 256 or p < 1 and not k): return None
-        tokens = torch.empty(len(logits), dtype=torch.long)
+        "Tokens (B,) for logits (B, V), which it uses up; None for settings that C does not know."
+        if not self.knows(temperature, top_k, top_p): return None
+        (rows, vocab), tokens = logits.shape, torch.empty(len(logits), dtype=torch.long)
         heat, numbers = max(temperature, 1e-6) if temperature else 0.0, None if u is None else u.data_ptr()
-        draw = CDraw(logits.data_ptr(), *logits.shape[:1], logits.stride(0), logits.shape[1], k, self.softcap, heat, p, numbers, tokens.data_ptr())
-        self.lib.draw(byref(draw), min(self.parts, torch.get_num_threads(), len(tokens)))
+        self.lib.draw(byref(CDraw(logits.data_ptr(), rows, logits.stride(0), vocab, top_k or 0, self.softcap, heat, top_p or 1.0, numbers, tokens.data_ptr())), min(rows, self.pace.latest))
         return tokens
 
 # %% ../nbs/11_native.ipynb #9a0d33cc

@@ -80,6 +80,7 @@ def test_every_reason_can_be_given_and_none_is_given_without_cause():
     assert slow(BOX) == [] and slow(CPU) == []
     assert any('does not see it' in s for s in slow(dataclasses.replace(BOX, sees_gpus=0, build='cpu'))) and any('FlashAttention 3' in s for s in slow(dataclasses.replace(BOX, attention=[])))
     assert any('no bf16' in s for s in slow(card('Tesla T4', 15.0, 7.5))) and any('no bf16 arithmetic' in s for s in slow(dataclasses.replace(CPU, abilities=['AVX2'])))
+    assert any('no C compiler' in s for s in slow(dataclasses.replace(CPU, compiler=None))) and not any('no C compiler' in s for s in slow(dataclasses.replace(BOX, compiler=None)))
     assert any('10 GB of disk' in s for s in slow(dataclasses.replace(CPU, disk_free=int(5e9)))) and any('HF_HUB_OFFLINE' in s for s in slow(dataclasses.replace(CPU, network={'HF_HUB_OFFLINE': True})))
 
 

@@ -162,6 +162,7 @@ class Machine:
     missing: dict[str, list[str]] = field(default_factory=dict)      # packages by extra
     attention: list[str] = field(default_factory=list)
     network: dict[str, bool] = field(default_factory=dict)           # variable: set or not
+    compiler: str | None = 'cc'                                      # for C
 
 # %% ../../nbs/scripts/14_doctor.ipynb #2ff9868f
 def torch_facts() -> dict[str, Any]:
@@ -181,7 +182,7 @@ def this_machine() -> Machine:
         system=f'{platform.system()} {platform.machine()}', python=platform.python_version(), cpu=cpu, abilities=abilities, cores=usable_cores(),
         ram=ram, ram_free=ram_free, disk_free=free_disk(base_path()), gpus=find_gpus(),
         missing={e: missing_packages(e) for e in declared_extras()}, attention=[v for k, v in ATTENTION.items() if importlib.util.find_spec(k)],
-        network={k: bool(os.environ.get(k)) for k in NETWORK}, **torch_facts())
+        network={k: bool(os.environ.get(k)) for k in NETWORK}, compiler=next((c for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c and shutil.which(c)), None), **torch_facts())
 
 # %% ../../nbs/scripts/14_doctor.ipynb #15e7dd43
 def _hopper(m: Machine) -> bool: return any(g.capability >= 9 for g in m.gpus)
@@ -203,6 +204,7 @@ GPU_RULES: list[Rule] = [
 CPU_RULES: list[Rule] = [
     (lambda m: not m.gpus and not m.mps and not {'AMX', 'AVX512-BF16', 'BF16'} & set(m.abilities),
      'this CPU has no bf16 arithmetic: matrix products run in fp32, at a quarter of the speed or less'),
+    (lambda m: not m.gpus and not m.compiler, 'no C compiler: PyTorch writes the answers, about five times slower than C would; install gcc or clang'),
     (lambda m: not m.gpus and m.cores < 2, 'one core: reading text and computing take turns'),
     (lambda m: not m.gpus and m.mps, "Apple's GPU works through PyTorch's mps: no bf16 attention kernels, no compilation; small models only")]
 
@@ -276,7 +278,7 @@ def rows_of(m: Machine) -> list[tuple[str, str]]:
             ('memory', f'{m.ram / 2**30:.0f} GiB, {m.ram_free / 2**30:.0f} free'),
             ('disk', f"{human(m.disk_free, 'B')} free where nanochat keeps its files"), ('GPUs', gpu_words(m)),
             ('PyTorch', f'{m.torch} for {m.build}' if m.torch else 'not installed'),
-            ('attention', ', '.join(m.attention) or "PyTorch's own"), ('packages', package_words(m)),
+            ('attention', ', '.join(m.attention) or "PyTorch's own"), ('C', m.compiler or 'no compiler'), ('packages', package_words(m)),
             ('network', ', '.join(f"{k} {'set' if v else 'not set'}" for k, v in m.network.items()))]
 
 def table(m: Machine) -> str:
