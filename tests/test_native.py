@@ -174,12 +174,12 @@ def test_two_at_once_on_one_runner(monkeypatch):
 def test_a_forked_process_hires_threads_of_its_own():
     """A child inherits the team's memory and none of its threads: it must not wait for them."""
     code = '''
-import os, torch, test_native as t
+import os, signal, torch, test_native as t
 t.Pace.threads = lambda self, tokens: 3
 run = t.NativeGPT(t.gpt())
 first = t.read(run, [1, 2, 3] * 50, 200)[1]
 pid = os.fork()
-if not pid: os._exit(0 if t.torch.equal(t.read(run, [1, 2, 3] * 50, 200)[1], first) else 1)
+if not pid: signal.alarm(20), os._exit(0 if t.torch.equal(t.read(run, [1, 2, 3] * 50, 200)[1], first) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), t.torch.equal(t.read(run, [1, 2, 3] * 50, 200)[1], first))
 '''
     env = {**os.environ, 'NANOCHAT_DTYPE': 'float32', 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent)])}
@@ -236,6 +236,7 @@ def test_edges_of_drawing():
     run, zero, one = runner(), torch.tensor([0.0]), torch.tensor([1 - 2**-24])
     row = lambda *values: torch.tensor([values])
     assert run.draw(row(1.0, 3.0, 3.0, 2.0), None, 0.0, 0, None).item() == 1, 'of equals the first'
+    assert run.draw(row(1.0, 3.0, 3.0, 2.0), zero, 1.0, 3, None).item() == 1, 'in a list, too'
     assert run.draw(row(7.0), zero, 1.0, 50, None).item() == 0
     assert run.draw(row(-9.0, -9.0, -9.0), one, 1.0, 0, None).item() == 2 and run.draw(row(-9.0, -9.0, -9.0), zero, 1.0, 0, None).item() == 0
     assert run.draw(row(0.0, 900.0, 0.0, -900.0), one, 1e-9, 0, None).item() == 1, 'a temperature near 0 is the best token'
