@@ -118,6 +118,13 @@ def test_bf16_is_within_rounding():
     assert errors[NativeGPT] < min(.03, 1.2 * errors[CachedGPT]), errors
 
 
+def test_rounding_to_bf16_is_pytorchs():
+    x = torch.cat([torch.randn(4000), torch.randint(-2**31, 2**31 - 1, (4000,), dtype=torch.int32).view(torch.float32), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.00390625, 1.01171875])])
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    native().store(1, ctypes.c_void_p(x.data_ptr()), ctypes.c_float(1), len(x), ctypes.c_void_p(out.data_ptr()))
+    torch.testing.assert_close(out, x.bfloat16(), atol=0, rtol=0, equal_nan=True)
+
+
 def test_what_was_never_written_is_never_read(monkeypatch):
     """Fresh memory full of NaN changes nothing, to the bit."""
     play = lambda: [z for _, _, logits in Company(NativeGPT(gpt()), 5, 400, 0).play([('admit', 3), ('admit', 150, 2), ('step', 30), ('release', [0]), ('admit', 70), ('step', 100)]).all for z in logits]
