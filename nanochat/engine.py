@@ -8,17 +8,15 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'check_sampling'
            'Draw', 'Row', 'new_row', 'context_limit', 'check_request', 'read_prompt', 'in_batches', 'last_logits',
            'ForwardRunner', 'draw_group', 'draw_tokens', 'Arriving', 'Rows', 'LeavingRows', 'Batch', 'Requests',
            'Decoder', 'columns', 'collect', 'EngineModel', 'EngineCore', 'text_pieces', 'Engine', 'Busy', 'TicketState',
-           'TicketEnd', 'TicketNews', 'Ticket', 'wake', 'Prefixes', 'Counts', 'Counters', 'dismiss_team',
-           'SchedulerState', 'SchedulerEnds', 'SchedulerFails', 'SchedulerRows', 'SchedulerDelivery',
-           'SchedulerPrompts', 'SchedulerReading', 'SchedulerLoop', 'Columns', 'SchedulerStart', 'SchedulerQueue',
-           'Scheduler']
+           'TicketEnd', 'TicketNews', 'Ticket', 'wake', 'Prefixes', 'Counts', 'Counters', 'SchedulerState',
+           'SchedulerEnds', 'SchedulerFails', 'SchedulerRows', 'SchedulerDelivery', 'SchedulerPrompts',
+           'SchedulerReading', 'SchedulerLoop', 'Columns', 'SchedulerStart', 'SchedulerQueue', 'Scheduler']
 
 # %% ../nbs/12_engine.ipynb #f5b9987a
-import asyncio, copy, ctypes, hashlib, itertools, threading, time
+import asyncio, copy, hashlib, itertools, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from .common import UserError
 from .execution import use_calculator
 from .gpt import GPT, softcapped_logits
 from .inference import closed_gaps
-from .native import runner_for
+from .native import dismiss_team, runner_for
 
 # %% ../nbs/12_engine.ipynb #f8a23192
 class CacheMemory:
@@ -736,14 +734,6 @@ class Counters(Counts):
         recent = [(t, n) for t, n in list(self._recent) if t > now - 10]
         rate = sum(n for _, n in recent) / max(now - recent[0][0], 1e-3) if recent else 0.0
         return {**self.counts, 'uptime': now - self.began, 'tokens_per_second': rate}
-
-# %% ../nbs/12_engine.ipynb #74dcb1e5
-def dismiss_team() -> bool:
-    "End the idle OpenMP workers of the calling thread, so that another thread's may wait actively; False where the runtime cannot."
-    try:
-        library = next((Path(torch.__file__).parent / 'lib').glob('lib*omp*.so*'))
-        return ctypes.CDLL(str(library)).omp_pause_resource_all(1) == 0  # 1: omp_pause_soft, of OpenMP 5.0
-    except (StopIteration, OSError, AttributeError): return False
 
 # %% ../nbs/12_engine.ipynb #45adee5a
 class SchedulerState:

@@ -8,8 +8,8 @@ __all__ = ['C_TYPES', 'STRUCTURES', 'C_VECTORS', 'C_TYPES_AND_SUMS', 'C_NUMBERS'
            'C_HIRE', 'C_CALL', 'C_SMALL', 'C_STATE', 'C_SHARE', 'C_EMBED', 'C_REMEMBER', 'C_KEEP', 'C_LOOK_BACK',
            'C_LAYER', 'C_PASS', 'C_WHOLE', 'C_FORWARD', 'C_COPY', 'MOST_K', 'C_BEST', 'C_ODDS', 'C_PICK', 'C_DRAW',
            'SOURCE', 'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix', 'CLayer',
-           'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels', 'Pace', 'NativeCache',
-           'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
+           'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels', 'dismiss_team',
+           'Pace', 'NativeCache', 'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
 
 # %% ../nbs/11_native.ipynb #0c9f1d6e
 import ctypes, functools, hashlib, os, platform, shutil, subprocess, time
@@ -751,6 +751,17 @@ class Panels:
         self.weight = in_panels(weight, panel)
         self.c = CMatrix(weight.dtype == torch.bfloat16, pad_to(len(weight), panel), weight.shape[1], self.weight.data_ptr())
 
+# %% ../nbs/11_native.ipynb #4291d51a
+@functools.cache
+def _omp_pause() -> Any:
+    try: return ctypes.CDLL(str(next((Path(torch.__file__).parent/'lib').glob('lib*omp*.so*')))).omp_pause_resource_all
+    except (StopIteration, OSError, AttributeError): return None
+
+def dismiss_team() -> bool:
+    "End the idle OpenMP workers of the calling thread, so that other threads may wait actively; False where the runtime cannot."
+    pause = _omp_pause()
+    return pause is not None and pause(1) == 0  # 1: omp_pause_soft, of OpenMP 5.0
+
 # %% ../nbs/11_native.ipynb #3e4e2ab3
 class Pace:
     "How many threads the next pass gets: all or one, what was faster lately for so much work."
@@ -820,6 +831,7 @@ class NativePass(NativeTables):
         (B, T), threads = ids.shape, self.pace.threads(ids.numel())
         ids, work = ids.contiguous(), cache.room(self.lib.work_size(byref(self._model), B * T, threads))
         job = CPass(addressof(self._model), addressof(cache.c), ids.data_ptr(), B, T, None if logits is None else logits.data_ptr(), work.data_ptr())
+        if threads > 1: dismiss_team()
         start = time.perf_counter()
         self.lib.forward(byref(job), threads)
         self.pace.took(B * T, threads, time.perf_counter() - start)

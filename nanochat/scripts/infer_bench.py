@@ -25,10 +25,10 @@ from torch import nn
 
 from ..checkpoint_manager import load_model
 from ..common import Progress, UserError, cli, compute_dtype, cpu_name, detect_device, peak_memory_bytes
-from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, dismiss_team, model_dtype, sample_next_token
+from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, model_dtype, sample_next_token
 from ..gpt import GPT
 from ..inference import Int8, linear_forms
-from ..native import fits, native_state
+from ..native import dismiss_team, fits, native_state
 from ..scaling import gpt_config
 from .train_bench import build
 
