@@ -40,17 +40,19 @@ def processor() -> str:
     "What tells one kind of processor from another."
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
-    return '\n'.join([platform.machine(), platform.processor(), *sorted({s for s in lines if s.startswith(('flags', 'Features', 'model name'))})])
+    kinds = sorted({s for s in lines if s.startswith(('flags', 'Features', 'model name'))})
+    return '\n'.join([platform.machine(), platform.processor(), *kinds])
 
 # %% ../nbs/11_native.ipynb #bc3fb742
 def build(cc: str, source: str, path: Path) -> None:
     "Compile `source` to the library `path`. Raises `UserError` with what the compiler said."
     with atomic_file(path) as new:
         for target in ('-march=native', '-mcpu=native', '-O3'):  # one of these names every compiler knows
-            run = subprocess.run([cc, '-std=gnu11', '-O3', target, '-shared', '-fPIC', '-x', 'c', '-', '-o', str(new), '-lm', '-pthread'],
-                                 input=source, capture_output=True, text=True, timeout=120)
+            command = [cc, '-std=gnu11', '-O3', target, '-shared', '-fPIC', '-x', 'c', '-', '-o', str(new), '-lm', '-pthread']
+            run = subprocess.run(command, input=source, capture_output=True, text=True, timeout=120)
             if run.returncode == 0: return
-        raise UserError(f'{cc} cannot compile this for the processor here; set NANOCHAT_NATIVE=0 to do without it. It said: {run.stderr.strip()[-300:]}')
+        raise UserError(f'{cc} cannot compile this for the processor here; set NANOCHAT_NATIVE=0 to do without it. '
+                        f'It said: {run.stderr.strip()[-300:]}')
 
 @functools.cache
 def _loaded(source: str, cc: str, folder: Path) -> ctypes.CDLL:
@@ -119,7 +121,8 @@ C_VECTORS = r'''
 #define DPBF16 0
 #endif
 #if defined(__AVX512F__)
-enum { LANES = 16, TILE = 6 };  // numbers in a vector; rows that share what is read of a weight: 6 x 4 sums fill the registers
+// numbers in a vector; rows that share what is read of a weight: 6 x 4 sums fill the registers
+enum { LANES = 16, TILE = 6 };
 #elif defined(__AVX__)
 enum { LANES = 8, TILE = 2 };
 #else
@@ -192,7 +195,9 @@ INLINE vec exp_negative(vec x) {  // e^x for x <= 0; below -87 as for -87: 1e-38
   p = p * r + 0.5f;
   return (vec)((veci)(p * r * r + r + 1.0f) + ((veci)shifted << 23));
 }
-void exp_all(const float *x, float *y, int n) { for (int i = 0; i < n; i += LANES) *(vec *)(y + i) = exp_negative(*(const vec *)(x + i)); }
+void exp_all(const float *x, float *y, int n) {
+  for (int i = 0; i < n; i += LANES) *(vec *)(y + i) = exp_negative(*(const vec *)(x + i));
+}
 '''
 
 # %% ../nbs/11_native.ipynb #23a15f2a
@@ -230,18 +235,21 @@ INLINE void put(int how, vec a, float *y) {
 INLINE void few_rows(int bf16, int rows, int how, const char *x, int K, const char *w, float *y, int stride) {
   vec sums[6][4];
   tile(bf16, rows, x, K, w, sums);
-  for (int r = 0; r < rows; r++) for (int j = 0; j < 4; j++) put(how, sums[r][j], y + (size_t)r * stride + j * LANES);
+  for (int r = 0; r < rows; r++, y += stride) for (int j = 0; j < 4; j++) put(how, sums[r][j], y + j * LANES);
 }
 '''
 
 # %% ../nbs/11_native.ipynb #3082b995
 C_PRODUCTS = r'''
-INLINE void product_of(int bf16, int how, const CMatrix *W, const char *x, int M, float *y, int stride, int from, int to) {
+INLINE void product_of(int bf16, int how, const CMatrix *W, const char *x, int M, float *y, int stride,
+                       int from, int to) {
   for (int p = from; p < to; p++) for (int m = 0; m < M; m += TILE) {
-    const char *w = (const char *)W->w + (size_t)p * PANEL * W->K * (bf16 ? 2 : 4), *xm = x + (size_t)m * W->K * width_of(bf16);
+    const char *w = (const char *)W->w + (size_t)p * PANEL * W->K * (bf16 ? 2 : 4);
+    const char *xm = x + (size_t)m * W->K * width_of(bf16);
     float *ym = y + (size_t)m * stride + p * PANEL;
     int rows = M - m < TILE ? M - m : TILE;
-    if (rows == TILE) few_rows(bf16, TILE, how, xm, W->K, w, ym, stride);  // constants: one piece of code for each number of rows
+    // constants, so that the compiler makes a piece of code for each number of rows
+    if (rows == TILE) few_rows(bf16, TILE, how, xm, W->K, w, ym, stride);
     else if (rows == 1) few_rows(bf16, 1, how, xm, W->K, w, ym, stride);
     else if (rows == 2) few_rows(bf16, 2, how, xm, W->K, w, ym, stride);
     else if (rows == 3) few_rows(bf16, 3, how, xm, W->K, w, ym, stride);
@@ -278,7 +286,10 @@ INLINE float score(int bf16, const void *q, const char *k, int D) {  // q in bf1
 #if DPBF16
   if (paired(bf16, D)) {
     __m512 s = _mm512_setzero_ps();
-    for (int i = 0; i < D; i += 32) s = _mm512_dpbf16_ps(s, (__m512bh)_mm512_loadu_si512((const char *)q + 2 * i), (__m512bh)_mm512_loadu_si512(k + 2 * i));
+    for (int i = 0; i < D; i += 32) {
+      __m512i a = _mm512_loadu_si512((const char *)q + 2 * i), b = _mm512_loadu_si512(k + 2 * i);
+      s = _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b);
+    }
     return sum((vec)s);
   }
 #endif
@@ -292,7 +303,8 @@ INLINE float score(int bf16, const void *q, const char *k, int D) {  // q in bf1
 C_BLOCK = r'''
 typedef struct { const char *at[BLOCK]; float p[BLOCK]; int n; float most, total; } Block;
 
-INLINE void weigh(Block *b, float *y, int D) {  // scores to weights against the largest so far; what was summed before shrinks if it grew
+// scores to weights against the largest so far; what was summed before shrinks if that grew
+INLINE void weigh(Block *b, float *y, int D) {
   float most = b->most, shrink[LANES];
   for (int i = 0; i < b->n; i++) if (b->p[i] > most) most = b->p[i];
   for (int i = b->n; i < BLOCK; i++) b->p[i] = -1e30f;
@@ -311,7 +323,8 @@ INLINE void add_values(int bf16, int wide, const Block *b, float *y, int D) {
   for (int d = 0; d < D; d += wide * LANES) {
     vec s[4];
     for (int j = 0; j < wide; j++) s[j] = *(vec *)(y + d + j * LANES);
-    for (int i = 0; i < b->n; i++) for (int j = 0; j < wide; j++) s[j] += load(bf16, b->at[i], d + j * LANES) * b->p[i];
+    for (int i = 0; i < b->n; i++)
+      for (int j = 0; j < wide; j++) s[j] += load(bf16, b->at[i], d + j * LANES) * b->p[i];
     for (int j = 0; j < wide; j++) *(vec *)(y + d + j * LANES) = s[j];
   }
 }
@@ -319,7 +332,8 @@ INLINE void add_values(int bf16, int wide, const Block *b, float *y, int D) {
 
 # %% ../nbs/11_native.ipynb #1fc9c072
 C_ATTEND = r'''
-INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int D, int R, int64_t first, int64_t last, float scale, float *y) {
+INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int D, int R,
+                      int64_t first, int64_t last, float scale, float *y) {
   Block b = {.most = -1e30f};
   size_t row = (size_t)D * (bf16 ? 2 : 4), place = first % R;
   memset(y, 0, D * sizeof(float));
@@ -328,7 +342,10 @@ INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int
     for (int i = 0; i < b.n; i++, place = place + 1 == (size_t)R ? 0 : place + 1) {
       const char *key = k + place * row;
       b.at[i] = v + place * row;
-      for (size_t line = 0; line < row; line += 64) { __builtin_prefetch(key + BLOCK * row + line); __builtin_prefetch(b.at[i] + line); }
+      for (size_t line = 0; line < row; line += 64) {
+        __builtin_prefetch(key + BLOCK * row + line);
+        __builtin_prefetch(b.at[i] + line);
+      }
       b.p[i] = scale * score(bf16, q, key, D);
     }
     weigh(&b, y, D);
@@ -340,10 +357,13 @@ INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int
 
 # %% ../nbs/11_native.ipynb #360855a4
 C_NARROW = r'''
-void attend(int bf16, const float *q, const char *k, const char *v, int D, int R, int64_t first, int64_t last, float scale, float *y) {
+void attend(int bf16, const float *q, const char *k, const char *v, int D, int R,
+            int64_t first, int64_t last, float scale, float *y) {
   uint16_t narrow[512];
-  if (!paired(bf16, D)) { if (bf16) attend_in(1, q, k, v, D, R, first, last, scale, y); else attend_in(0, q, k, v, D, R, first, last, scale, y); }
-  else { store(1, q, 1, D, narrow); attend_in(1, narrow, k, v, D, R, first, last, scale, y); }
+  const void *query = q;
+  if (paired(bf16, D)) { store(1, q, 1, D, narrow); query = narrow; }
+  if (bf16) attend_in(1, query, k, v, D, R, first, last, scale, y);
+  else attend_in(0, query, k, v, D, R, first, last, scale, y);
 }
 '''
 
@@ -356,11 +376,14 @@ C_GATE = r'''
 #else
 #define PAUSE() ((void)0)
 #endif
-enum { AWAKE = 20000, MOST = 64 };  // turns of waiting, some 0.3 ms, before others are let run; more than the most threads
+// turns of waiting, some 0.3 ms, before others are let run; more than the most threads
+enum { AWAKE = 20000, MOST = 64 };
 typedef struct { atomic_int arrived, turn; int parts; } Gate;
 typedef void (*Work)(const void *job, Gate *gate, int part);
 
-static void wait_while(atomic_int *where, int value) { for (int n = 0; atomic_load(where) == value; n++) if (n < AWAKE) PAUSE(); else sched_yield(); }
+static void wait_while(atomic_int *where, int value) {
+  for (int n = 0; atomic_load(where) == value; n++) if (n < AWAKE) PAUSE(); else sched_yield();
+}
 
 static void meet(Gate *g) {
   if (g->parts == 1) return;
@@ -376,15 +399,22 @@ C_TEAM = r'''
 static struct {
   pthread_mutex_t busy, sleep;
   pthread_cond_t wake;
-  atomic_int call, left;  // call: which job this is, times MOST, plus how many are wanted; left: workers that are still at it
+  atomic_int call;  // which job this is, times MOST, plus how many threads it wants
+  atomic_int left;  // workers that are still at it
   Gate gate;
   int threads, born[MOST];
   Work work;
   const void *job;
 } team;
 
-static void form(void) { memset(&team, 0, sizeof team); pthread_mutex_init(&team.busy, 0); pthread_mutex_init(&team.sleep, 0); pthread_cond_init(&team.wake, 0); }
-__attribute__((constructor)) static void start(void) { form(); pthread_atfork(0, 0, form); }  // a forked process has no workers
+static void form(void) {
+  memset(&team, 0, sizeof team);
+  pthread_mutex_init(&team.busy, 0);
+  pthread_mutex_init(&team.sleep, 0);
+  pthread_cond_init(&team.wake, 0);
+}
+// when the library is loaded, and in every process forked later, which has no workers
+__attribute__((constructor)) static void start(void) { form(); pthread_atfork(0, 0, form); }
 
 '''
 
@@ -442,9 +472,11 @@ static void run(Work work, const void *job, int parts) {  // a second caller at 
 C_SMALL = r'''
 static float inverse_length(const float *x, int n) { return 1 / fmaxf(sqrtf(dot(x, x, n)), 1e-20f); }
 
-static void inputs(const CMatrix *W, int unit, const float *x, int M, void *out) {  // rows x (M, K) for a product with W, of unit length if asked
-  int wide = width_of(W->bf16);
-  for (int m = 0; m < M; m++, x += W->K) store(wide == 2, x, unit ? inverse_length(x, W->K) : 1, W->K, (char *)out + (size_t)m * W->K * wide);
+// rows x (M, K) for a product with W, of unit length if asked
+static void inputs(const CMatrix *W, int unit, const float *x, int M, void *out) {
+  int K = W->K, wide = width_of(W->bf16);
+  for (int m = 0; m < M; m++, x += K)
+    store(wide == 2, x, unit ? inverse_length(x, K) : 1, K, (char *)out + (size_t)m * K * wide);
 }
 void turn(float *x, const float *cos, const float *sin, int D) {  // rotary embedding, then unit length
   for (int i = 0; i < D / 2; i++) {
@@ -462,7 +494,8 @@ C_STATE = r'''
 typedef struct {  // what every thread of a pass knows
   const CModel *m; const CCache *c; const CPass *p;
   Gate *gate;
-  int part, parts, N, C, Z, F;             // tokens; widths of the stream, of queries, keys, values and gates together, of the hidden layer
+  int part, parts, N;                      // this thread, all threads, tokens
+  int C, Z, F;                             // widths: of the stream, of queries to gates, of the hidden layer
   float *x, *e, *half, *z, *y, *h;         // stream, embeddings, stream half way; (N, Z), (N, C) and (N, F)
   void *in;                                // this thread's inputs to products
 } State;
@@ -481,7 +514,8 @@ size_t work_size(const CModel *m, int N, int parts) {  // floats
 C_SHARE = r'''
 static State state(const CPass *p, Gate *gate, int part) {
   const CModel *m = p->model;
-  State s = {.m = m, .c = p->cache, .p = p, .gate = gate, .part = part, .parts = gate->parts, .N = p->rows * p->T, .C = m->width, .Z = widest(m), .F = m->hidden};
+  State s = {.m = m, .c = p->cache, .p = p, .gate = gate, .part = part, .parts = gate->parts,
+             .N = p->rows * p->T, .C = m->width, .Z = widest(m), .F = m->hidden};
   size_t N = s.N;
   s.x = (float *)p->work; s.e = s.x + N * s.C; s.half = s.e + N * s.C; s.y = s.half + N * s.C;
   s.z = s.y + N * s.C; s.h = s.z + N * s.Z; s.in = s.h + N * s.F + (size_t)part * N * s.F;
@@ -513,7 +547,8 @@ static void embed(const State *s) {  // a token's embedding, and its share of th
 # %% ../nbs/11_native.ipynb #f370ea21
 C_REMEMBER = r'''
 typedef struct { char *k, *v; int R; } Ring;
-static Ring ring(const State *s, int l, int n, int g) {  // keys and values of one layer, of the text of token n, of key head g
+// keys and values of one layer, of the text of token n, of key head g
+static Ring ring(const State *s, int l, int n, int g) {
   const CModel *m = s->m;
   int R = ((const int *)s->c->rings)[l];
   size_t size = (size_t)R * m->head_dim * (m->bf16 ? 2 : 4);
@@ -524,7 +559,8 @@ static Ring ring(const State *s, int l, int n, int g) {  // keys and values of o
 
 # %% ../nbs/11_native.ipynb #3622a361
 C_KEEP = r'''
-static void remember(const State *s, const CLayer *L, int l, int table, int n, int g) {  // key and value of token n into the ring
+// key and value of token n into the ring
+static void remember(const State *s, const CLayer *L, int l, int table, int n, int g) {
   const CModel *m = s->m;
   int D = m->head_dim, H = m->heads, KV = m->kv_heads;
   float *z = s->z + (size_t)n * s->Z, *k = z + (H + g) * D, *v = k + KV * D;
@@ -533,7 +569,8 @@ static void remember(const State *s, const CLayer *L, int l, int table, int n, i
   size_t place = (size_t)(pos % r.R) * D * (m->bf16 ? 2 : 4);
   turn(k, (const float *)m->cos + pos * D, (const float *)m->sin + pos * D, D);
   float gate = L->gated ? 3 / (1 + expf(-z[(H + 2 * KV) * D + g])) : 0;
-  if (L->gated) for (int d = 0; d < D; d += LANES) *(vec *)(v + d) += gate * load(m->bf16, m->values, (((size_t)id * m->tables + table) * KV + g) * D + d);
+  size_t ve = (((size_t)id * m->tables + table) * KV + g) * D;
+  if (L->gated) for (int d = 0; d < D; d += LANES) *(vec *)(v + d) += gate * load(m->bf16, m->values, ve + d);
   store(m->bf16, k, 1, D, r.k + place);
   store(m->bf16, v, 1, D, r.v + place);
 }
@@ -541,7 +578,8 @@ static void remember(const State *s, const CLayer *L, int l, int table, int n, i
 
 # %% ../nbs/11_native.ipynb #3b21906b
 C_LOOK_BACK = r'''
-static void look_back(const State *s, const CLayer *L, int l, int n, int g) {  // attention of the query heads that share key head g
+// attention of the query heads that share key head g
+static void look_back(const State *s, const CLayer *L, int l, int n, int g) {
   const CModel *m = s->m;
   int D = m->head_dim, group = m->heads / m->kv_heads;
   int64_t pos = position(s, n), first = pos > L->window ? pos - L->window : 0;
@@ -588,7 +626,8 @@ static void finish(const State *s) {
 static void logits(const State *s) {  // of the last token of each text
   const CMatrix *W = &s->m->head;
   size_t row = (size_t)W->K * width_of(W->bf16);
-  for (int r = 0; r < s->p->rows; r++) inputs(W, 0, s->x + (size_t)((r + 1) * s->p->T - 1) * s->C, 1, (char *)s->in + r * row);
+  for (int r = 0; r < s->p->rows; r++)
+    inputs(W, 0, s->x + (size_t)((r + 1) * s->p->T - 1) * s->C, 1, (char *)s->in + r * row);
   product(SET, W, s->in, s->p->rows, (float *)s->p->logits, W->N, s->part, s->parts);
 }
 '''
@@ -626,16 +665,19 @@ void forward(const CPass *p, int parts) {  // the pass, then what the cache know
 
 # %% ../nbs/11_native.ipynb #7d94dcd4
 C_COPY = r'''
-static void copy_ring(const char *from, int R, char *to, int S, int64_t n, size_t size) {  // the newest of n positions, as many as both rings hold
+// the newest of n positions, as many as both rings hold
+static void copy_ring(const char *from, int R, char *to, int S, int64_t n, size_t size) {
   int most = R < S ? R : S;
   if (n <= most || R == S) { memcpy(to, from, size * (n < most ? n : most)); return; }
   for (int64_t pos = n - most; pos < n; pos++) memcpy(to + size * (pos % S), from + size * (pos % R), size);
 }
-void copy_row(const CCache *from, int row, const CCache *to, int slot, int layers, int heads, int size) {  // size: bytes of a key
+// size: bytes of a key
+void copy_row(const CCache *from, int row, const CCache *to, int slot, int layers, int heads, int size) {
   int64_t n = ((const int64_t *)from->lengths)[row];
   for (int l = 0; l < layers; l++) for (int i = 0; i < 2 * heads; i++) {  // i: keys, then values, of each head
     int R = ((const int *)from->rings)[l], S = ((const int *)to->rings)[l];
-    size_t a = (size_t)(i / heads) * from->slots * heads + row * heads + i % heads, b = (size_t)(i / heads) * to->slots * heads + slot * heads + i % heads;
+    size_t a = ((size_t)(i / heads) * from->slots + row) * heads + i % heads;
+    size_t b = ((size_t)(i / heads) * to->slots + slot) * heads + i % heads;
     copy_ring(((char *const *)from->kv)[l] + a * R * size, R, ((char *const *)to->kv)[l] + b * S * size, S, n, size);
   }
   ((int64_t *)to->lengths)[slot] = n;
@@ -647,7 +689,8 @@ void copy_row(const CCache *from, int row, const CCache *to, int slot, int layer
 MOST_K = 256  # the longest list; a longer one is PyTorch's business
 
 C_BEST = f'enum {{ MOST_K = {MOST_K} }};' + r'''
-static int best(const float *x, int n, int k, float *values, int *ids) {  // the k largest, largest first, of equals the earliest first
+// the k largest, largest first, of equals the earliest first
+static int best(const float *x, int n, int k, float *values, int *ids) {
   int have = 0;
   float least = -INFINITY;
   for (int i = 0; i < n; i++) {
@@ -689,10 +732,12 @@ static void odds(float *x, int n, float cap, float temperature) {  // logits to 
 C_PICK = r'''
 static float total(const float *p, int n) { float s = 0; for (int i = 0; i < n; i++) s += p[i]; return s; }
 
-static int pick(const float *p, int n, float u, float top_p) {  // the first whose share, with those before it, is above u
+// the first whose share, with those before it, is above u
+static int pick(const float *p, int n, float u, float top_p) {
   float sum = 0, most = top_p < 1 ? top_p * total(p, n) : INFINITY;
   int keep = 0;
-  while (keep < n && sum < most) sum += p[keep++];  // top-p, best first: what comes after that share of the odds is left out
+  // top-p, best first: what comes after that share of the odds is left out
+  while (keep < n && sum < most) sum += p[keep++];
   float until = u * sum;
   sum = 0;
   for (int i = 0; i < keep; i++) if ((sum += p[i]) > until) return i;
