@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import UserError, atomic_file, base_dir
+from .common import UserError, atomic_file
 from .gpt import GPT, pad_to
 from .inference import CHUNK, CachedGPT, RecordedGPT, RingCache, prepare_layers
 
@@ -32,8 +32,9 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get('CC'), 'cc', 'gcc', 'clang')))), None)
 
 def folder() -> Path:
-    "Where compiled code is kept: `$NANOCHAT_NATIVE`, else `native` in the base directory."
-    return Path(os.environ.get('NANOCHAT_NATIVE') or base_dir()/'native').expanduser()
+    "Where compiled code is kept: `$NANOCHAT_NATIVE`, else the user's cache, `~/.cache/nanochat-native`. Not the base directory, which may be somebody else's."
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+    return Path(os.environ.get('NANOCHAT_NATIVE') or cache/'nanochat-native').expanduser()
 
 @functools.cache
 def processor() -> str:
@@ -774,7 +775,7 @@ SOURCE = ''.join([C_VECTORS, C_TYPES_AND_SUMS, C_NUMBERS, C_STORE, C_EXP, *map(d
 
 # %% ../nbs/11_native.ipynb #d086330c
 @functools.cache
-def _native(folder: str | None, base: str | None) -> tuple[ctypes.CDLL | None, str]:
+def _native(*places: str | None) -> tuple[ctypes.CDLL | None, str]:
     try: lib = library(SOURCE)
     except (UserError, OSError, subprocess.SubprocessError) as e: return None, str(e)
     lib.work_size.restype = ctypes.c_size_t
@@ -782,11 +783,11 @@ def _native(folder: str | None, base: str | None) -> tuple[ctypes.CDLL | None, s
 
 def native() -> ctypes.CDLL | None:
     "The step in C, compiled on first use; None where there is none."
-    return _native(os.environ.get('NANOCHAT_NATIVE'), os.environ.get('NANOCHAT_BASE_DIR'))[0]
+    return _native(*map(os.environ.get, ('NANOCHAT_NATIVE', 'CC', 'PATH')))[0]
 
 def native_state() -> str:
     "What takes the steps on this CPU: C and its compiler, or why not."
-    return _native(os.environ.get('NANOCHAT_NATIVE'), os.environ.get('NANOCHAT_BASE_DIR'))[1]
+    return _native(*map(os.environ.get, ('NANOCHAT_NATIVE', 'CC', 'PATH')))[1]
 
 # %% ../nbs/11_native.ipynb #e6f211e2
 class Panels:

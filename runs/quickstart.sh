@@ -10,6 +10,7 @@
 #
 # Restartable: type it again after Ctrl-C or a crash. Finished stages are recognised and skipped, an unfinished
 # training run goes on from its last checkpoint. Everything is written below $NANOCHAT_BASE_DIR (~/.cache/nanochat).
+# (Where there is a C compiler, the step that writes answers is compiled once, into ~/.cache/nanochat-native.)
 # The network is used for the package index only: the corpus is Python's own standard library, about 30 MB of text.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

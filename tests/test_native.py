@@ -306,6 +306,17 @@ def test_importing_compiles_nothing(tmp_path):
     assert done.returncode == 0 and not (tmp_path/'n').exists()
 
 
+def test_compiled_code_is_kept_by_the_user_not_with_checkpoints(tmp_path, monkeypatch):
+    """A base directory may come from somebody else; what lies in it must never be run."""
+    monkeypatch.delenv('NANOCHAT_NATIVE')
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path/'base'))
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path/'me'))
+    assert native_module.folder() == tmp_path/'me'/'.cache'/'nanochat-native'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    assert native() is not None and [p.parent for p in tmp_path.rglob('step-*.so')] == [tmp_path/'cache'/'nanochat-native']
+
+
 def test_two_processes_compile_at_once(tmp_path):
     """Both end with a library that works; the folder holds one, and nothing unfinished."""
     code = 'import torch, nanochat.native as n; assert n.native().panel() > 0'
