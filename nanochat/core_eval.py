@@ -532,7 +532,7 @@ def words_of(text: str) -> list[str]:
 def mini_next_line(texts: Sequence[str], rng: random.Random) -> Iterator[dict]:
     "Some lines, and four that might follow; the wrong ones stand elsewhere and are of like length."
     found = [(head.rstrip('\n'), m[1]) for head, m in windows(texts, r'(?m)^([^\n]{20,80})$', rng) if head.count('\n') >= 3]
-    lines = sorted({line for _, line in found}, key=len)
+    lines = sorted({line for _, line in found}, key=lambda x: (len(x), x))  # by length alone, equals would come in another order in every process
     rank = {line: i for i, line in enumerate(lines)}
     for head, line in found:
         near = [x for x in lines[max(0, rank[line] - 20):rank[line] + 21] if x != line and x not in head]

@@ -1,5 +1,5 @@
 """CORE: the real bundle's 22 tasks scored in batches and one at a time, interrupted, by two processes, and with everything wrong that can be."""
-import functools, http.server, json, math, multiprocessing, os, random, re, shutil, signal, socket, sys, threading, time, zipfile
+import functools, http.server, json, math, multiprocessing, os, random, re, shutil, signal, socket, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 
 import jinja2
@@ -454,6 +454,15 @@ def test_mini_questions_are_fair():
             for n, (c, k) in enumerate(ce.parts(x, t.kind)): assert n == x.get('gold', 0) or (c, k) != (context, continuation)
     golds = [x['gold'] for x in a.items(ce.choose_tasks(a, ['next_line'])[0])]
     assert max(golds.count(g) for g in range(4)) < .5 * len(golds), 'the right choice must not have a place of its own'
+
+
+def test_the_offline_bundle_is_the_same_in_every_process():
+    """Python orders sets of strings by a number drawn at its start: nothing may depend on it, or no result could be continued or compared."""
+    code = 'import test_core_eval as t; print(t.ce.mini_bundle(t.Loop(), items=30).fingerprint())'
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    runs = [subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': seed}, capture_output=True, text=True) for seed in '12']
+    assert runs[0].returncode == 0, runs[0].stderr[-2000:]
+    assert len({r.stdout for r in runs}) == 1
 
 
 def test_mini_of_too_little_text_says_so():
