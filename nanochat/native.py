@@ -791,7 +791,7 @@ def native_state() -> str:
 
 # %% ../nbs/11_native.ipynb #e6f211e2
 class Panels:
-    "A form of weight, as `inference.Dense` is one, for C."
+    "A weight laid out for C: what `prepare_layers` takes as a form, but no function; only a pass multiplies by it."
     def __init__(self, weight: Tensor):
         panel = native().panel()
         self.weight = in_panels(weight, panel)
@@ -854,7 +854,7 @@ class NativeCache(RingCache):
 
 # %% ../nbs/11_native.ipynb #ea295c1a
 class NativeTables(CachedGPT):
-    "What C needs to know of a model and of a cache."
+    "What C needs to know of a model. The tables and caches are those of `CachedGPT`; its `hidden`, `block` and `head` are not for these weights."
     def __init__(self, model: GPT, weights: str = 'compute'):
         super().__init__(model, weights)
         c, layers = self.config, self.read_layers
@@ -866,7 +866,10 @@ class NativeTables(CachedGPT):
         forms = [f.weight for l in layers for f in (l.qkv, l.proj, l.fc, l.out)]
         self.lib, self.pace = native(), Pace(sum(w.numel() * w.element_size() for w in forms) / 2**20)
 
-    def forms(self, weights: str) -> tuple[type, type]: return super().forms(weights) and (Panels, Panels)
+    def forms(self, weights: str) -> tuple[type, type]:
+        super().forms(weights)  # refuses words that mean nothing
+        return Panels, Panels
+
     cache_dtype, cache_type = property(lambda self: self.dtype, doc='Of keys and values.'), NativeCache
 
 # %% ../nbs/11_native.ipynb #aa1c462b

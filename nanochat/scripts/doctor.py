@@ -162,7 +162,7 @@ class Machine:
     missing: dict[str, list[str]] = field(default_factory=dict)      # packages by extra
     attention: list[str] = field(default_factory=list)
     network: dict[str, bool] = field(default_factory=dict)           # variable: set or not
-    compiler: str | None = 'cc'                                      # for C
+    compiler: str | None = 'cc'                                      # for C, as nanochat.native looks for it, which needs torch
 
 # %% ../../nbs/scripts/14_doctor.ipynb #2ff9868f
 def torch_facts() -> dict[str, Any]:
