@@ -6,10 +6,10 @@
 __all__ = ['C_TYPES', 'STRUCTURES', 'C_VECTORS', 'C_TYPES_AND_SUMS', 'C_NUMBERS', 'C_STORE', 'C_EXP', 'C_TILE', 'C_PRODUCT',
            'C_PRODUCTS', 'C_SCORE', 'C_BLOCK', 'C_ADD_VALUES', 'C_ATTEND', 'C_NARROW', 'C_GATE', 'C_TEAM', 'C_WORKER',
            'C_HIRE', 'C_CALL', 'C_SMALL', 'C_STATE', 'C_SHARE', 'C_EMBED', 'C_REMEMBER', 'C_KEEP', 'C_LOOK_BACK',
-           'C_LAYER', 'C_PASS', 'C_WHOLE', 'C_FORWARD', 'C_COPY', 'MOST_K', 'C_BEST', 'C_ODDS', 'C_PICK', 'C_DRAW',
-           'SOURCE', 'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix', 'CLayer',
-           'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels', 'dismiss_team',
-           'Pace', 'NativeCache', 'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
+           'C_LAYER', 'C_PASS', 'C_WHOLE', 'C_FORWARD', 'C_COPY', 'MOST_K', 'C_BAR', 'C_BEST', 'C_ODDS', 'C_PICK',
+           'C_DRAW', 'SOURCE', 'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix',
+           'CLayer', 'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels',
+           'dismiss_team', 'Pace', 'NativeCache', 'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
 
 # %% ../nbs/11_native.ipynb #0c9f1d6e
 import ctypes, functools, hashlib, os, platform, shutil, subprocess, time
@@ -689,23 +689,61 @@ void copy_row(const CCache *from, int row, const CCache *to, int slot, int layer
 # %% ../nbs/11_native.ipynb #27f424fe
 MOST_K = 256  # the longest list; a longer one is PyTorch's business
 
-C_BEST = f'enum {{ MOST_K = {MOST_K} }};' + r'''
-// the k largest, largest first, of equals the earliest first
-static int best(const float *x, int n, int k, float *values, int *ids) {
-  int have = 0;
-  float least = -INFINITY;
-  for (int i = 0; i < n; i++) {
-    while (have == k && i + LANES <= n && !any(*(const vec *)(x + i) > least)) i += LANES;
-    if (i == n || (have == k && !(x[i] > least))) continue;
-    int low = 0, high = have;  // behind all that are not smaller
-    while (low < high) { int mid = (low + high) / 2; if (values[mid] >= x[i]) low = mid + 1; else high = mid; }
-    int stay = (have < k ? have++ : k - 1) - low;
-    memmove(values + low + 1, values + low, stay * sizeof(float));
-    memmove(ids + low + 1, ids + low, stay * sizeof(int));
-    values[low] = x[i]; ids[low] = i;
-    least = values[have - 1];
+C_BAR = r'''
+static int above(const vec *x, int n, float least) {  // how many of n vectors' numbers
+  veci count = {0};
+  for (int i = 0; i < n; i++) count -= x[i] > least;
+  int sum = 0;
+  for (int i = 0; i < LANES; i++) sum += count[i];
+  return sum;
+}
+// a number below the k largest, close to them where that is cheap to find
+static float bar(const float *x, int n, int k) {
+  enum { VECTORS = 256 / LANES };
+  vec most[VECTORS];
+  if (n < 1024 || k > 128) return -INFINITY;
+  for (int g = 0; g < VECTORS; g++) most[g] = all(-INFINITY);
+  for (int i = 0; i + 256 <= n; i += 256) for (int g = 0; g < VECTORS; g++) {
+    vec v = *(const vec *)(x + i + g * LANES);
+    most[g] = choose(v > most[g], v, most[g]);
   }
-  return have;
+  float low = x[0], high = x[0];
+  for (int i = 0; i < 256; i++) { float v = most[i / LANES][i % LANES]; if (v < low) low = v; if (v > high) high = v; }
+  if (!(low > -INFINITY && high < INFINITY) || above(most, VECTORS, low) < k) return -INFINITY;
+  for (int i = 0; i < 12; i++) {
+    float mid = low + (high - low) / 2;
+    if (above(most, VECTORS, mid) >= k) low = mid; else high = mid;
+  }
+  return low;
+}
+'''
+
+# %% ../nbs/11_native.ipynb #bf9df1f2
+MOST_K = 256  # the longest list; a longer one is PyTorch's business
+
+C_BEST = f'enum {{ MOST_K = {MOST_K} }};' + r'''
+typedef struct { int k, have; float *values; int *ids; } List;  // the k largest so far, largest first
+
+static void insert(List *l, float value, int id) {  // behind all that are not smaller
+  int at = l->have < l->k ? l->have++ : l->k - 1;
+  for (; at > 0 && l->values[at - 1] < value; at--) { l->values[at] = l->values[at - 1]; l->ids[at] = l->ids[at - 1]; }
+  l->values[at] = value; l->ids[at] = id;
+}
+// of equals the earliest first
+static int best(const float *x, int n, int k, float *values, int *ids) {
+  List l = {k, 0, values, ids};
+  float least = bar(x, n, k);  // what is not above it does not count, from the start or once there are k
+  int barred = least > -INFINITY;
+  for (int i = 0; i < n; i += LANES) {
+    int end = i + LANES < n ? i + LANES : n;
+    if (barred && end - i == LANES && !any(*(const vec *)(x + i) > least)) continue;
+    for (int j = i; j < end; j++) {
+      if (barred && !(x[j] > least)) continue;
+      insert(&l, x[j], j);
+      if (l.have == k) { least = values[k - 1]; barred = 1; }
+    }
+  }
+  return l.have;
 }
 '''
 
@@ -771,7 +809,7 @@ void draw(const CDraw *d, int parts) { run(draw_rows, d, parts); }
 # %% ../nbs/11_native.ipynb #914af763
 SOURCE = ''.join([C_VECTORS, C_TYPES_AND_SUMS, C_NUMBERS, C_STORE, C_EXP, *map(declaration, STRUCTURES), C_TILE, C_PRODUCT, C_PRODUCTS,
                   C_SCORE, C_BLOCK, C_ADD_VALUES, C_ATTEND, C_NARROW, C_GATE, C_TEAM, C_WORKER, C_HIRE, C_CALL, C_SMALL, C_STATE, C_SHARE, C_EMBED,
-                  C_REMEMBER, C_KEEP, C_LOOK_BACK, C_LAYER, C_PASS, C_WHOLE, C_FORWARD, C_COPY, C_BEST, C_ODDS, C_PICK, C_DRAW])
+                  C_REMEMBER, C_KEEP, C_LOOK_BACK, C_LAYER, C_PASS, C_WHOLE, C_FORWARD, C_COPY, C_BAR, C_BEST, C_ODDS, C_PICK, C_DRAW])
 
 # %% ../nbs/11_native.ipynb #d086330c
 @functools.cache

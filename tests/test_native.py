@@ -213,7 +213,7 @@ def test_pace_tries_both_and_comes_back():
 SETTINGS = [(t, k, p) for t, k, p in itertools.product((0.0, 0.3, 1.0, 2.0), (None, 0, 1, 2, 40, 256, 1000), (None, 0.1, 0.9, 1.0)) if NativeGPT.knows(t, k, p)]
 
 
-@pytest.mark.parametrize('vocab', [5, 16, 300, 1003])
+@pytest.mark.parametrize('vocab', [5, 16, 300, 1003, 1024, 4100])
 def test_draws_equal_those_of_the_engine(vocab):
     """Given the same number in [0, 1), the same token, but where that number lies on the border of two."""
     run, g, differ, n = runner(), torch.Generator().manual_seed(0), 0, 64
@@ -229,6 +229,22 @@ def test_draws_equal_those_of_the_engine(vocab):
             low, high = sorted((place(got[i].item()), place(expected[i].item())))
             assert (cdf[low:high] - u[i]).abs().max() < 1e-5, (temperature, k, p, i)
     assert differ <= .003 * n * len(SETTINGS)
+
+
+@pytest.mark.parametrize('vocab', [300, 1024, 1300])
+@pytest.mark.parametrize('kinds', ['alike', 'some alike', 'apart', 'one far above', 'rising', 'falling', 'banned'])
+def test_the_list_is_that_of_a_stable_sort(vocab, kinds):
+    """Every k, the k best and of equals the earliest: all of them are drawn, and nothing else."""
+    run, g = runner(), torch.Generator().manual_seed(vocab)
+    x = {'alike': torch.zeros(vocab), 'some alike': torch.randint(0, 4, (vocab,), generator=g).float(), 'apart': torch.randn(vocab, generator=g),
+         'one far above': torch.cat([torch.randn(vocab - 1, generator=g), torch.tensor([9.0])]), 'rising': torch.linspace(-3, 3, vocab),
+         'falling': torch.linspace(3, -3, vocab), 'banned': torch.where(torch.rand(vocab, generator=g) < .05, torch.randn(vocab, generator=g), -torch.inf)}[kinds]
+    for k in (2, 13, 50, 128, 129, 200, 256):
+        n, best = 4000, x.argsort(descending=True, stable=True)[:k]
+        drawn = run.draw(x.repeat(n, 1), (torch.arange(n) + .5) / n, 2.0, k, None)
+        odds = torch.softmax(SOFTCAP * torch.tanh(x[best] / SOFTCAP) / 2.0, 0)
+        assert set(drawn.tolist()) <= set(best[odds > 0].tolist()) and set(best[odds > 2 / n].tolist()) <= set(drawn.tolist()), k
+        assert drawn.tolist() == sorted(drawn.tolist(), key=best.tolist().index), 'in the order of the list'
 
 
 def test_draws_follow_the_odds():
