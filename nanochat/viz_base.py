@@ -52,6 +52,7 @@ def figure(width: float = 7, height: float = 2.6, **subplots: Any) -> tuple[Any,
         fig = Figure(figsize=(width, height))
         return fig, fig.subplots(**subplots)
 
+# %% ../nbs/18_viz_base.ipynb #23bd5848
 def settle(fig: Any) -> None:
     "Titles to the left and bold, legends without a box, no text in black: what matplotlib decides when they are made, which may be outside `styled`."
     from matplotlib.colors import to_hex
@@ -64,6 +65,7 @@ def settle(fig: Any) -> None:
         for text in [*ax.texts, *(legend.get_texts() if legend else [])]:
             if to_hex(text.get_color()) == '#000000': text.set_color(INK)  # invisible on a dark page
 
+# %% ../nbs/18_viz_base.ipynb #d9a53b6c
 def png(fig: Any, dpi: int = 150) -> bytes:
     "The figure as PNG bytes, in at most 128 colours and so about a third of the size; a figure of pyplot is closed."
     from PIL import Image
@@ -102,6 +104,7 @@ def import_ipywidgets() -> Any:
     except ImportError as e: raise UserError("this figure moves with the help of ipywidgets; run pip install 'nanochat[course]'") from e
     return ipywidgets
 
+# %% ../nbs/18_viz_base.ipynb #a944e839
 def as_control(name: str, given: Any) -> Any:
     "A widget from short forms: (low, high[, step]) a slider, list a choice, bool a box to tick, str a line of text, number a field; widgets stay themselves."
     w = import_ipywidgets()
@@ -142,6 +145,7 @@ class Shown:
         if self.mime == 'text/html': return {'text/html': self.data}, {}
         return {'image/png': base64.b64encode(self.data).decode()}, {'image/png': {'width': self.width}}
 
+# %% ../nbs/18_viz_base.ipynb #c6017bc6
 def rendered(drawing: Any) -> Shown:
     "What a drawing function returned as something that can be displayed. Raises TypeError for anything but a figure, a `Picture` or HTML."
     if isinstance(drawing, str): return Shown('text/html', drawing)
@@ -250,6 +254,7 @@ def _locked(file: Any) -> bool:
         return True
     except OSError: return False
 
+# %% ../nbs/18_viz_base.ipynb #ff064506
 @contextlib.contextmanager
 def alone(path: Path, waiting: str = '', every: float = .2) -> Iterator[None]:
     "Hold the lock `path` for the length of the block; wait for it, after saying `waiting`. A killed holder's lock is free."
@@ -274,6 +279,7 @@ class SmallRun:
     sft_steps: int = 500
     tokenizer_chars: int = 4_000_000  # of text that its tokenizer is trained on
 
+# %% ../nbs/18_viz_base.ipynb #00196c1c
 def few(steps: int) -> int:
     "A number of training steps in a lesson; a tenth of it when NANOCHAT_LESSON_FAST=1, as in tests."
     return max(2, steps // 10) if os.environ.get('NANOCHAT_LESSON_FAST') == '1' else steps
@@ -305,6 +311,7 @@ class LessonRun:
         size = human(sum(p.numel() for p in self.model.parameters()))
         return f'{self.name}: {c.n_layer} layers, width {c.n_embd}, vocabulary {c.vocab_size}, {size} parameters, step {self.step}'
 
+# %% ../nbs/18_viz_base.ipynb #7bde99cc
 def trained_run(stage: str) -> tuple[str, Path] | None:
     "Stage and folder of the run that `nanochat`'s own scripts left for a stage; for rl also that of sft. None without one."
     for s in ('rl', 'sft') if stage == 'rl' else (stage,):
@@ -371,6 +378,7 @@ def open_small(stage: str) -> LessonRun:
                 with atomic_dir(folder) as part: {'base': train_base, 'sft': train_sft}[stage](part)
     return open_run(stage, folder, f'lesson {stage}', True)
 
+# %% ../nbs/18_viz_base.ipynb #e742ee53
 def lesson_run(stage: str = 'sft') -> LessonRun:
     "A model of a stage (base, sft, or rl with sft in its place): the quickstart's if it is there, else a small one. Raises `UserError` for another stage."
     if stage not in ('base', 'sft', 'rl'): raise UserError(f"there is no lesson model of the stage '{stage}'; use base, sft or rl")
