@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VE_CHANNELS', 'SMEAR_CHANNELS', 'QK_SCALE', 'ROPE_BASE', 'EPS', 'SOFTCAP', 'ROTARY_REACH', 'GPTConfig', 'problems',
-           'by_hand', 'inverse_rms', 'norm_backward', 'norm', 'rotary_tables', 'apply_rotary', 'Linear',
+           'by_hand', 'inverse_rms', 'norm_backward', 'norm', 'rotary_tables', 'apply_rotary', 'Linear', 'ordinary',
            'linear_together', 'window_sizes', 'has_ve', 'rotate', 'gated_values', 'rotate_and_norm',
            'CausalSelfAttention', 'relu2', 'MLP', 'Block', 'smear', 'softcapped_logits', 'plain_loss', 'head_rows',
            'head_chunks', 'softcapped_loss', 'mix', 'pad_to', 'embedding', 'GPT', 'init_parameters', 'init_scalars',
@@ -113,10 +113,14 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int): super().__init__(n_in, n_out, bias=False)
     def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight.to(x.dtype))
 
+def ordinary(*layers: nn.Module) -> bool:
+    "Whether all layers are `Linear` itself, so that their weights say all; one of another class (fp8) must be called."
+    return all(type(f) is Linear for f in layers)
+
 # %% ../nbs/06_gpt.ipynb #a6cc5228
 def linear_together(x: Tensor, *layers: Linear) -> list[Tensor]:
     "The layers' outputs for one input. In training as one product: one larger matrix is faster, and so is its gradient."
-    if not (by_hand(x) and x.requires_grad): return [f(x) for f in layers]
+    if not (by_hand(x) and x.requires_grad and ordinary(*layers)): return [f(x) for f in layers]
     weight = torch.cat([f.weight.to(x.dtype) for f in layers])
     return F.linear(x, weight).split([len(f.weight) for f in layers], dim=-1)
 
@@ -226,7 +230,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(..., C)` -> `(..., C)`."
-        if by_hand(x): return _MLP.apply(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
+        if by_hand(x) and ordinary(self.c_fc, self.c_proj): return _MLP.apply(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(relu2(self.c_fc(x)))
 
 # %% ../nbs/06_gpt.ipynb #a2ea7a1b
