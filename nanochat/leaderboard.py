@@ -66,6 +66,7 @@ def frozen_text() -> Text:
         raise UserError(f'the leaderboard\'s text is the source of {PACKAGE} {VERSION}, which is not here unchanged; run: python -m pip download {PACKAGE}=={VERSION} --no-deps --dest {folder}')
     return split_text(data.decode('utf8') for data in sorted(files.values(), key=lambda d: hashlib.sha256(d).digest()))
 
+# %% ../nbs/19_leaderboard.ipynb #dfb86ca8
 def split_text(documents: Iterable[str], val_bytes: int = VAL_BYTES) -> Text:
     "Documents in their order, the first ones held out."
     train, val, size = [], [], 0
@@ -84,6 +85,7 @@ def rows_of(tokenizer: Any, documents: Sequence[str], T: int) -> list[list[int]]
         rows += [[bos, *ids[i:i + T]] for i in range(0, len(ids), T)]
     return sorted(rows, key=len)
 
+# %% ../nbs/19_leaderboard.ipynb #ce618771
 @torch.inference_mode()
 def row_nats(model: Any, rows: list[list[int]]) -> float:
     "Nats of all tokens after the first in each row, from the logits `model(ids)` (B, T, V)."
@@ -102,6 +104,7 @@ def check_causal(model: Any, row: list[int], tolerance: float = 1e-2) -> None:
     a, b = (model(torch.tensor([ids])).float()[0, :half] for ids in (row, other))
     if not torch.allclose(a, b, atol=tolerance, rtol=tolerance): raise UserError('the model looks ahead: its logits change when later tokens do')
 
+# %% ../nbs/19_leaderboard.ipynb #e9b08dd9
 def judge(model: Any, tokenizer: Any, documents: Sequence[str], T: int, batch: int = 16) -> float:
     "Bits per byte of the documents. Raises `UserError` for a model that looks ahead or gives something other than finite numbers."
     model.eval()
@@ -206,6 +209,7 @@ def with_runs(folder: Path, runs: list[dict[str, Any]], minutes: float) -> dict[
     return dict(record=folder.name, code=code_hash(folder), snapshot=SNAPSHOT, minutes=minutes, cores=2, runs=runs, mean=statistics.mean(scores),
                 spread=statistics.stdev(scores) if len(scores) > 1 else None, environment=environment())
 
+# %% ../nbs/19_leaderboard.ipynb #94b0edc7
 def run_record(folder: Path, seeds: int = SEEDS, minutes: float = MINUTES, first: int = 1) -> dict[str, Any]:
     "Run a record with `seeds` seeds and keep the result after each."
     frozen_text(), load_train(folder)  # what can be refused is refused first
@@ -229,6 +233,7 @@ def verdict(old: dict[str, Any], fresh: Sequence[float]) -> str:
     if got <= old['mean'] + width: return ''
     return f"claimed are {old['mean']:.4f} bits per byte ({len(known)} seeds), found {got:.4f}: more than {width:.3f} above it. A slower machine gets fewer steps done in {old['minutes']:g} minutes"
 
+# %% ../nbs/19_leaderboard.ipynb #b90a6cc9
 def verify_record(folder: Path, seeds: int = 1) -> list[float]:
     "Check a record by running it again with other seeds. Raises `UserError` when something does not hold."
     old = stored(folder)
@@ -276,6 +281,7 @@ def once(cfg: LeaderboardConfig) -> dict[str, Any]:
     if cfg.out: atomic_write(cfg.out, json.dumps(result))
     return result
 
+# %% ../nbs/19_leaderboard.ipynb #6ae4e419
 def leaderboard(cfg: LeaderboardConfig) -> Any:
     "Do what `command` says."
     folder = Path(cfg.folder)
