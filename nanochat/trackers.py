@@ -87,6 +87,7 @@ class Tracker:
             self._log = None
             print0(f'{self.name} failed ({type(e).__name__}: {_first_line(e)}); the run goes on, and metrics.jsonl has everything')
 
+# %% ../nbs/09_trackers.ipynb #0021cbdd
 def _first_line(e: BaseException) -> str:
     "The beginning of an error's text."
     return (str(e).strip() or 'no message').splitlines()[0][:200]
@@ -106,6 +107,7 @@ def open_tracker(name: str, info: RunInfo) -> Opened:
     atomic_write(info.folder/'tracker.json', json.dumps({name: opened[0]}))
     return opened
 
+# %% ../nbs/09_trackers.ipynb #f61f764c
 @contextlib.contextmanager
 def tracking(name: str, folder: Path, config: dict[str, Any], title: str = '', project: str = 'nanochat') -> Iterator[Tracker]:
     "A `Tracker` for the run in `folder` while the block runs. `name` is one of TRACKERS; ranks other than 0 get one that does nothing."
