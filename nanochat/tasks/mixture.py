@@ -80,6 +80,7 @@ def is_file(name: str) -> bool:
     "Whether an entry of a mixture names a file of conversations."
     return name.endswith(('.jsonl', '.json'))
 
+# %% ../../nbs/tasks/10_mixture.ipynb #30129e47
 def read_item(text: str) -> list[Item]:
     "One entry, or the entries of the recipe that it names. Raises `UserError`."
     found = _ITEM.fullmatch(text)
@@ -92,6 +93,7 @@ def read_item(text: str) -> list[Item]:
     if item.count is not None: raise UserError(f"'{item.name}' is a recipe, not a set, and has no count; it stands for: {MIXTURES[item.name]}")
     return [Item(i.name, i.count, i.times * item.times) for i in parse_mixture(MIXTURES[item.name])]
 
+# %% ../../nbs/tasks/10_mixture.ipynb #252a07bd
 def parse_mixture(text: str) -> list[Item]:
     "The entries of a mixture, recipes spelled out; `text` may be the path of a TOML file. Raises `UserError` that says what to type."
     if text.strip().endswith('.toml'): return toml_mixture(Path(text.strip()))
@@ -128,6 +130,7 @@ def make_part(item: Item, split: str = 'train') -> Task:
         raise UserError(f"{item.name} has {len(task):,} conversations, not {item.count:,}; write {item.name} for all of them, or {item.name}*2 for two passes")
     return task
 
+# %% ../../nbs/tasks/10_mixture.ipynb #3a05d87e
 def make_parts(items: Sequence[Item]) -> list[Task]:
     "The training tasks of a mixture, each as often as its entry says. Raises `UserError` for missing data and for counts beyond a set."
     need_data(items)
