@@ -23,6 +23,7 @@ import torch.distributed as dist
 from .checkpoint_manager import clean_run, init_run, list_checkpoints, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from .common import Progress, UserError, append_jsonl, atomic_write, compute_dtype, get_ranks, human, peak_memory_bytes, print0, read_jsonl
 from .dataloader import gather_state
+from .flash_attention import settle_backend
 from .gpt import GPTConfig
 from .grad_scale import GradScaler, scaler_for
 from .scaling import PEAK_FLOPS, TrainPlan, apply_schedule, check_batch, gpu_key, model_size
@@ -333,6 +334,7 @@ def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     state = resume(job.run, job.model, job.optimizer) or TrainState()
     if state.step: print0(f'{job.run.name}: going on after step {state.step} of {job.plan.num_iterations}')
     print0(f'{desc}: {job.plan.num_iterations} steps of {job.plan.total_batch_size} tokens; metrics and checkpoints go to {job.run}')
+    if compiled: settle_backend(job.model)  # the attention kernel is tried out and chosen before anything is traced
     model = torch.compile(job.model, dynamic=False) if compiled else job.model
     loader = job.loader(state.loader_state)
     with tracking(job.tracker, job.run, job.config, f'{job.run.parent.name.removesuffix("_checkpoints")}-{job.run.name}') as tracker:
