@@ -12,7 +12,7 @@ from nanochat.scripts.doctor import DoctorConfig, Gpu, Machine, Needs, PlanConfi
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 CPU = Machine('Linux x86_64', '3.12.0', 'A CPU', ['AVX512-BF16', 'AVX2'], 8, 32 * GIB, 30 * GIB, int(3e11), torch='2.13.0+cpu', build='cpu', network={})
-BOX = dataclasses.replace(CPU, gpus=[Gpu('NVIDIA H100 80GB HBM3', 79.6, 9.0)] * 8, sees_gpus=8, cores=96, ram=900 * GIB, ram_free=800 * GIB, build='cuda 13.0', attention=['FlashAttention 3'])
+BOX = dataclasses.replace(CPU, gpus=[Gpu('NVIDIA H100 80GB HBM3', 79.6, 9.0)] * 8, sees_gpus=8, cores=96, ram=900 * GIB, ram_free=800 * GIB, build='cuda 13.0', attention=['fa3', 'torch-fa2', 'flex', 'sdpa'])
 SPEEDRUN = PlanConfig(script='speedrun', depth='24', target_param_data_ratio=8, device_batch_size=16, gpus=8, hardware='h100', stages='climbmix=170,tasks,bundle,tokenizer=2e9,train,core,sft,chat,report')
 
 
@@ -25,6 +25,15 @@ def test_this_machine_is_described():
     m = this_machine()
     assert m.cpu and 0 < m.cores <= os.cpu_count() and 0 < m.ram_free <= m.ram and m.disk_free > 0 and m.torch and set(m.missing) >= {'train', 'serve', 'course', 'dev', 'gpu'}
     assert json.dumps(dataclasses.asdict(m))
+
+
+def test_attention_is_what_would_be_tried_here():
+    from nanochat.flash_attention import runnable
+    import torch
+    m = this_machine()
+    assert m.attention == runnable(torch.device('cuda' if m.sees_gpus else 'mps' if m.mps else 'cpu')) and m.attention[-1] == 'sdpa'
+    assert dict(d.rows_of(BOX))['attention'] == 'fa3, or else torch-fa2, or else flex, or else sdpa'
+    assert not any('FlashAttention 3' in s for s in slow(BOX)) and not any('FlashAttention 3' in s for s in slow(dataclasses.replace(BOX, attention=['fa4', 'sdpa'])))
 
 
 def test_a_container_counts_with_what_it_may_use(monkeypatch):
@@ -78,7 +87,7 @@ def test_the_preset_that_fits(machine, preset):
 
 def test_every_reason_can_be_given_and_none_is_given_without_cause():
     assert slow(BOX) == [] and slow(CPU) == []
-    assert any('does not see it' in s for s in slow(dataclasses.replace(BOX, sees_gpus=0, build='cpu'))) and any('FlashAttention 3' in s for s in slow(dataclasses.replace(BOX, attention=[])))
+    assert any('does not see it' in s for s in slow(dataclasses.replace(BOX, sees_gpus=0, build='cpu'))) and any('FlashAttention 3' in s and 'NANOCHAT_ATTENTION=fa3' in s for s in slow(dataclasses.replace(BOX, attention=['torch-fa2', 'sdpa'])))
     assert any('no bf16' in s for s in slow(card('Tesla T4', 15.0, 7.5))) and any('no bf16 arithmetic' in s for s in slow(dataclasses.replace(CPU, abilities=['AVX2'])))
     assert any('no C compiler' in s for s in slow(dataclasses.replace(CPU, compiler=None))) and not any('no C compiler' in s for s in slow(dataclasses.replace(BOX, compiler=None)))
     assert any('10 GB of disk' in s for s in slow(dataclasses.replace(CPU, disk_free=int(5e9)))) and any('HF_HUB_OFFLINE' in s for s in slow(dataclasses.replace(CPU, network={'HF_HUB_OFFLINE': True})))
