@@ -186,17 +186,12 @@ def test_minutes_become_steps_on_a_cpu(monkeypatch):
     assert ten.hours * 60 == pytest.approx(10, rel=.01) and twenty.plan.tokens == pytest.approx(2 * ten.plan.tokens, rel=.01) and ten.dollars is None
 
 
-@pytest.mark.parametrize('torch_flag, machine, used, why', [(False, BOX, False, 'no --fp8 yet'), (True, BOX, True, 'used'), (True, card('NVIDIA A100', 79.0, 8.0), False, 'needs a Hopper'), (True, CPU, True, 'used')])
-def test_fp8_only_where_it_exists(torch_flag, machine, used, why, monkeypatch):
-    from nanochat.scripts import base_train
-    @dataclasses.dataclass
-    class Without: depth: int = 1
-    @dataclasses.dataclass
-    class With(Without): fp8: bool = False
-    monkeypatch.setattr(base_train, 'BaseTrainConfig', With if torch_flag else Without)
-    verdict, words = d.fp8_verdict(True, machine, 'h100')
-    assert (verdict, why in words) == (used, True) and d.fp8_verdict(False, machine) == (False, '')
-    cfg = dataclasses.replace(SPEEDRUN, fp8=True)
+@pytest.mark.parametrize('machine, rent, used', [(BOX, 'h100', True), (card('NVIDIA L4', 22.0, 8.9), '', True), (card('NVIDIA A100', 79.0, 8.0), 'h100', False), (CPU, 'h100', True), (CPU, 'rtx4090', True), (CPU, 'a100', False), (CPU, '', False)])
+def test_fp8_only_where_it_exists(machine, rent, used):
+    verdict, words = d.fp8_verdict(True, machine, rent)
+    why = 'used' if used else 'left out: it needs an Ada, Hopper or later GPU'
+    assert (verdict, words) == (used, why) and d.fp8_verdict(False, machine) == (False, '')
+    cfg = dataclasses.replace(SPEEDRUN, fp8=True, hardware=rent)
     p = make_plan(cfg, machine)
     assert (f"fp8\t{'--fp8' if used else ''}\n") in d.script_lines(cfg, p, machine) and any(f'fp8 is {words}' == r for r in p.remarks)
     if used and machine is BOX: assert p.costs[0].hours == pytest.approx(make_plan(SPEEDRUN, BOX).costs[0].hours / 1.17)

@@ -440,11 +440,9 @@ def hardware_for(cfg: PlanConfig, m: Machine) -> Any:
 # %% ../../nbs/scripts/14_doctor.ipynb #87774d1f
 def fp8_verdict(wanted: bool, m: Machine, hardware: str = '') -> tuple[bool, str]:
     "(whether fp8 will be used, why or why not)."
-    from nanochat.scripts.base_train import BaseTrainConfig
     if not wanted: return False, ''
-    if 'fp8' not in {f.name for f in dataclasses.fields(BaseTrainConfig)}: return False, 'left out: base_train has no --fp8 yet'
-    modern = _hopper(m) if m.gpus else hardware.startswith(('h100', 'h200', 'b200'))
-    return modern, 'used' if modern else 'left out: it needs a Hopper GPU or a later one'
+    able = all(g.capability >= 8.9 for g in m.gpus) if m.gpus else hardware.startswith(('h100', 'h200', 'b200', 'l4', 'rtx40', 'rtx50'))
+    return able, 'used' if able else 'left out: it needs an Ada, Hopper or later GPU'
 
 def numbers(text: str, what: str) -> list[float]:
     "Numbers separated by commas; empty for an empty text. Raises `UserError`."
