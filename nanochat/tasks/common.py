@@ -48,6 +48,7 @@ def _check_content(content: Any, role: str, where: str) -> None:
         if not isinstance(part, dict) or part.get('type') not in PART_TYPES or not isinstance(part.get('text'), str):
             raise UserError(f"{where}: a part must be {{'type': {'|'.join(PART_TYPES)}, 'text': string}}, not {part!r:.80}")
 
+# %% ../../nbs/tasks/00_common.ipynb #464e93f8
 def check_conversation(conversation: Any, where: str = 'conversation') -> dict:
     "The conversation itself if it is well formed; else a `UserError` that says what is wrong. A leading system message is allowed."
     messages = conversation.get('messages') if isinstance(conversation, dict) else None
@@ -123,6 +124,7 @@ class TaskSequence(Task):
         t = bisect_right(self.starts, n) - 1
         return self.tasks[t][n - self.starts[t]]
 
+# %% ../../nbs/tasks/00_common.ipynb #96bea0f2
 class TaskMixture(TaskSequence):
     "All examples of several tasks in one shuffled order that depends on `seed` alone. List a task twice to double its weight."
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **window: Any):
@@ -229,6 +231,7 @@ def read_words(raw: bytes, where: str) -> list[str]:
     if len(words) < 1000: raise UserError(f'{where} holds only {len(words)} words; remove it and type: python -m nanochat.tasks.common words')
     return sorted(words)
 
+# %% ../../nbs/tasks/00_common.ipynb #67a8976a
 def words_file() -> Path | None:
     "The word list that was downloaded, or put there by hand; None without one."
     return next((p for n in ('words_alpha.txt', 'words_alpha.zip') if (p := base_dir()/'task_data'/n).exists()), None)
@@ -246,6 +249,7 @@ def download_words() -> Path:
     atomic_write(path, raw)
     return path
 
+# %% ../../nbs/tasks/00_common.ipynb #b063a12c
 @functools.lru_cache(maxsize=3)
 def _words_at(path: Path, stamp: int, split: str | None) -> tuple[str, ...]:
     return tuple(w for w in read_words(path.read_bytes(), str(path)) if split is None or split_of('word:' + w) == split)
@@ -273,6 +277,7 @@ def split_files(repo: str, config: str, split: str) -> list[RemoteFile]:
     if not found: raise Missing(f"dataset '{repo}' on the hub has no parquet file for configuration '{config}', split '{split}'")
     return found
 
+# %% ../../nbs/tasks/00_common.ipynb #76ed5375
 def fetch_split(repo: str, config: str, split: str) -> Path:
     "The folder with a split's parquet files, downloaded if need be; complete or not there at all. Raises `UserError`."
     folder = hub_folder(repo, config, split)
@@ -321,6 +326,7 @@ class Rows(Sequence):
         b = bisect_right(self.starts, i) - 1
         return self.batches[b].slice(i - self.starts[b], 1).to_pylist()[0]
 
+# %% ../../nbs/tasks/00_common.ipynb #40bab658
 def hub_dataset(repo: str, config: str, split: str) -> Rows:
     "The rows of a dataset on the hub, from `base_dir()/task_data/hub` or downloaded to there. Raises `UserError` that says what to type."
     return Rows(fetch_split(repo, config, split))
@@ -345,6 +351,7 @@ class HubTask(Task):
         "The conversation that a row stands for."
         raise NotImplementedError
 
+# %% ../../nbs/tasks/00_common.ipynb #b933d67a
 def choice_conversation(question: str, choices: Sequence[str], right: int, **more: Any) -> dict:
     "A multiple-choice conversation, lettered from A; the answer is the letter of choice number `right`."
     letters = list('ABCDEFGHIJKLMNOPQRSTUVWXYZ'[:len(choices)])
@@ -368,6 +375,7 @@ TASK_DATA = {
     'words': [],
 }
 
+# %% ../../nbs/tasks/00_common.ipynb #90aecdc7
 def fetch_task_data(names: Sequence[str]) -> None:
     "Download the data of the named tasks ('all' for all) and say what is there. Raises `UserError`."
     if not names: raise UserError(f"name the data to download: all, or some of: {', '.join(TASK_DATA)}")
