@@ -51,6 +51,7 @@ class TrainLog:
         "Column `i` of the rows there are now."
         return [r[i] for r in list(self.rows)]
 
+# %% ../nbs/18_viz_train.ipynb #bd936501
 def smoothed(values: Sequence[float], share: float = .8) -> list[float]:
     "Running mean in which each older value counts `share` as much as the next; unbiased from the first value on."
     out, mean, weight = [], 0.0, 0.0
@@ -74,6 +75,7 @@ def draw_loss(ax: Any, log: TrainLog) -> None:
     if log.marks: ax.plot(*zip(*log.marks), 'o', color=COLORS[1], label='held out')
     if log.marks: plain_legend(ax)
 
+# %% ../nbs/18_viz_train.ipynb #461c4214
 def draw_series(ax: Any, log: TrainLog, i: int, name: str) -> None:
     "Column `i` of the log over the steps: the rate as it is, the speed as a running mean over its noise."
     rows = list(log.rows)
@@ -180,6 +182,7 @@ def button_for(job: Training) -> tuple[str, str, bool]:
     if job.error: return 'Failed; try again', 'warning', True
     return ('Go on' if job.state.step else 'Start'), 'primary', True
 
+# %% ../nbs/18_viz_train.ipynb #73f9951c
 class LiveBase(Explorer):
     "A training run's plot with a button above it."
     def __init__(self, job: Training, every: float = .5):
@@ -271,6 +274,7 @@ def random_rows(ids: Tensor, rows: int, length: int, seed: int = 0) -> Iterator[
         piece = ids[torch.randint(0, len(ids) - length, (rows, 1), generator=rng) + reach]
         yield piece[:, :-1], piece[:, 1:]
 
+# %% ../nbs/18_viz_train.ipynb #3b4959c4
 def byte_ids(texts: Iterable[str], limit: int = 2_000_000) -> Tensor:
     "The UTF-8 bytes of some texts, at most `limit`, as token ids."
     data = bytearray()
@@ -358,6 +362,7 @@ def draw_law(ax: Any, fit: IsoFlopFit | None, what: str, name: str) -> None:
     ax.set(xscale='log', yscale='log', xlabel='FLOPs', title=f'{name} ~ C^{law}'.replace('+-', '±'))
     for axis in (ax.xaxis, ax.yaxis): axis.set_minor_formatter(lambda v, _: '')
 
+# %% ../nbs/18_viz_train.ipynb #cc8c01af
 def isoflop_figure(points: Sequence[Point], leave_out: str = 'nothing') -> Any:
     "The valleys of all budgets, and the laws of their bottoms."
     fig, axes = figure(8.4, 2.9, ncols=3, width_ratios=(1.35, 1, 1))
@@ -405,6 +410,7 @@ def paper_figure(flops: float, ratio: float = REAL_RATIO) -> Any:
     plain_legend(ax, fontsize=7.5)
     return fig
 
+# %% ../nbs/18_viz_train.ipynb #319529c4
 def paper_explorer() -> Explorer:
     "The public budgets and depths, and which depth is best if so many tokens per parameter are."
     return Explorer(paper_figure, flops=list(REAL_BUDGETS), ratio=(4.0, 24.0, .5)).set(ratio=REAL_RATIO)
@@ -425,6 +431,7 @@ class CacheLayer:
         "Positions that the next token, at position `read`, looks back at."
         return range(max(0, read - self.window), read)
 
+# %% ../nbs/18_viz_train.ipynb #a81b1f6a
 def cache_layers(config: GPTConfig, length: int, rings: bool = True, itemsize: int = 2) -> list[CacheLayer]:
     "The memory of each layer for texts of at most `length` tokens written one at a time, with rings or with room for everything everywhere; `itemsize` bytes per number."
     width = 2 * config.n_kv_head * (config.n_embd // config.n_head) * itemsize
@@ -437,6 +444,7 @@ def cache_bytes(layers: Sequence[CacheLayer], read: int) -> dict[str, int]:
     return dict(reserved=sum(l.places * l.width for l in layers), filled=sum(len(l.held(read)) * l.width for l in layers),
                 reread=sum(len(l.seen(read)) * l.width for l in layers))
 
+# %% ../nbs/18_viz_train.ipynb #2a745799
 def cache_grid(layers: Sequence[CacheLayer], length: int, prompt: int, read: int) -> list[list[int]]:
     "One row per layer, one number per position: 0 not read yet, 1 of the prompt, 2 of the answer, 3 written over; 10 more where the next token looks."
     def cell(l: CacheLayer, p: int) -> int:
@@ -458,6 +466,7 @@ def draw_grid(ax: Any, layers: Sequence[CacheLayer], length: int, prompt: int, r
     ax.set(xlabel='position')
     ax.set_title('blue: prompt · orange: answer · strong: the next token looks there · grey: written over', fontsize=7.5, fontweight='normal')
 
+# %% ../nbs/18_viz_train.ipynb #79af6284
 def draw_bytes(ax: Any, layers: Sequence[CacheLayer], full: Sequence[CacheLayer], length: int, read: int) -> None:
     "Bytes over the positions read, here and with room for everything."
     xs = sorted({*range(0, length + 1, max(1, length // 64)), read})
@@ -503,6 +512,7 @@ def next_logits(engine: Engine, ids: Sequence[int]) -> Tensor:
     logits = runner.read(torch.tensor([list(ids)], device=runner.device), runner.scratch(1, len(ids)))[0].float().cpu()
     return runner.softcap * torch.tanh(logits / runner.softcap) if runner.softcap else logits
 
+# %% ../nbs/18_viz_train.ipynb #e9d09663
 def odds_of(logits: Tensor, draw: Draw) -> Tensor:
     "The engine's odds (V,) for logits (V,); temperature 0 puts all on the best token."
     if draw.check().temperature == 0: return torch.zeros(len(logits)).scatter_(0, pick(logits[None], None, 0.0)[0], 1.0)
@@ -524,6 +534,7 @@ def entropy_bits(odds: Tensor) -> float:
     "How undecided a distribution is: 0 bits for one certain token, 1 for a fair coin."
     return max(0.0, float(-(odds * odds.clamp_min(1e-12).log2()).sum()))
 
+# %% ../nbs/18_viz_train.ipynb #e5c93ae7
 def sampling_figure(table: Sequence[TokenOdds], odds: Tensor, context: str) -> Any:
     "Bars of the likeliest tokens, before in grey and after in colour."
     fig, ax = figure(8, 2.9)
@@ -557,6 +568,7 @@ def coloured_token(text: str, advantage: float, chosen: bool) -> str:
     shown = html.escape(text).replace('&lt;|', '⟨').replace('|&gt;', '⟩')
     return f'<span style="background:{ground};border-radius:3px;padding:1px 2px;margin:0 1px;white-space:pre-wrap">{shown}</span>'
 
+# %% ../nbs/18_viz_train.ipynb #ee12f7a2
 def rollout_row(rollout: Rollout, tokenizer: Any, start: int) -> str:
     "One answer as a row of a table: reward, advantage, tokens after position `start`."
     tokens = zip(rollout.ids[start:], rollout.mask[start:])
@@ -612,6 +624,7 @@ def half_taught(steps: int = 80, seed: int = 1, device: torch.device | str = 'cp
     finally: close(loader)
     return Policy(model, Engine(model, tokenizer, 'compute'), tokenizer)
 
+# %% ../nbs/18_viz_train.ipynb #4079eda1
 def right_answers(policy: Policy, task: Task) -> float:
     "Share of a task's questions answered rightly at temperature 0."
     policy.model.eval()
@@ -632,6 +645,7 @@ def improving(policy: Policy, task: Task, updates: int = 120, questions: int = 1
         yield dict(step=step + 1) | rl_step(policy.model, optimizer, rollouts, rate_at(step, updates, rate), 256, step)
     policy.model.eval()
 
+# %% ../nbs/18_viz_train.ipynb #3fe00353
 def reward_figure(lines: Sequence[dict[str, float]], before: float | None = None, after: float | None = None) -> Any:
     "Mean reward of each update's answers, and the share of answers that had anything to teach; accuracy before and after as marks."
     fig, ax = figure(7, 2.6)
@@ -670,6 +684,7 @@ class SlotSpan:
     tokens: int
     reason: str | None
 
+# %% ../nbs/18_viz_train.ipynb #09d79194
 def slot_spans(tickets: Sequence[Any]) -> list[SlotSpan]:
     "The tickets in the order of their start, each in the first slot that was free then; those that still wait come last, without one."
     zero, free_at, spans = min((t.submitted for t in tickets), default=0.0), [], []
@@ -692,6 +707,7 @@ def slots_at(spans: Sequence[SlotSpan], t: float) -> dict[str, int]:
     states = [state(s) for s in spans if s.submitted <= t]
     return {name: states.count(name) for name in ('waiting', 'reading', 'writing', 'done')}
 
+# %% ../nbs/18_viz_train.ipynb #f5276cb1
 def slots_figure(spans: Sequence[SlotSpan], slots: int, t: float | None = None) -> Any:
     "Above, the slots over time: pale while a prompt is read, full while tokens come. Below, how many requests waited. A line marks the time `t`."
     end = max((x for s in spans for x in (s.submitted, s.started, s.first_token, s.finished) if x is not None), default=1.0) or 1.0
@@ -729,6 +745,7 @@ def burst(scheduler: Any, prompts: Sequence[list[int]], lengths: Sequence[int], 
     "Submit all prompts at once, prompt i for at most `lengths[i]` tokens; returns the tickets."
     return [scheduler.submit(p, max_tokens=n, seed=i, **settings) for i, (p, n) in enumerate(zip(prompts, lengths))]
 
+# %% ../nbs/18_viz_train.ipynb #1fcd4bce
 def watch_slots(tickets: Sequence[Any], slots: int, every: float = .3) -> Explorer:
     "Draw the slots while the tickets are being answered, in this cell, until all have ended; then the timeline to slide through."
     live = Explorer(lambda: slots_figure(slot_spans(tickets), slots))
