@@ -49,8 +49,21 @@ def test_command_line(tmp_path):
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout.splitlines()[-1])
     assert set(result['tokens_per_s']) == {'ours', 'plain fp32'} and result['ratio'] > 0 and result['packing'] is None
+    assert {(r['backend'], r['window']) for r in result['attention']} == {('blocked', 128), ('sdpa', 128)} and all(r['tokens_per_s'] > 0 and r['ratio'] > 0 for r in result['attention'])
+    assert sum(line.startswith(('blocked ', 'sdpa ')) for line in out.stdout.splitlines()) == 2
     assert all(0 < s < 120 for s in result['first_step_s'].values()) and all(b > 5e7 for b in result['peak_bytes'].values())
 
 
 def test_bad_sizes_are_a_sentence():
     with pytest.raises(UserError, match='at least 1'): tb.train_bench(tb.TrainBenchConfig(depth=0))
+
+
+def test_a_backend_left_out_is_a_row_with_its_reason(monkeypatch):
+    from nanochat import flash_attention as fa
+    def broken(q, k, v, causal, window_size): raise RuntimeError('no kernel image')
+    monkeypatch.setattr(fa, 'BACKENDS', [fa.Backend('broken', broken, fa.sdpa_with_kvcache, lambda device: True, half=True), *fa.BACKENDS])
+    monkeypatch.setattr(fa, '_CHOSEN', {})
+    monkeypatch.setattr(fa, '_VERDICTS', {})
+    monkeypatch.setenv('NANOCHAT_DTYPE', 'bfloat16')
+    with pytest.warns(UserWarning, match="'broken' is left out"): rows = tb.attention_speeds(tb.TrainBenchConfig(depth=1, sequence_len=64, device_batch_size=1, steps=1, window_pattern='L'), torch.device('cpu'))
+    assert [r['backend'] for r in rows] == ['blocked', 'sdpa', 'broken'] and 'no kernel image' in rows[2]['left_out'] and 'no kernel image' in tb.attention_lines(rows)[-1]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain_attention', 'plain_embed', 'plain_loss', 'build', 'training_step', 'seconds_since_launch', 'peak_flops',
-           'linear_scan_pack', 'packing_speed', 'TrainBenchConfig', 'random_batch', 'bench_program', 'worker',
-           'start_worker', 'take_turns', 'describe', 'train_bench', 'table', 'main']
+           'linear_scan_pack', 'packing_speed', 'TrainBenchConfig', 'model_config', 'random_batch', 'bench_program',
+           'attention_pass', 'attention_speeds', 'attention_lines', 'worker', 'start_worker', 'take_turns', 'describe',
+           'train_bench', 'table', 'main']
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #5542d93c
 import dataclasses, json, os, subprocess, sys, time
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from ..common import UserError, cli, compute_dtype, cpu_name, detect_device, peak_memory_bytes
 from ..dataloader import best_fit_pack
-from ..gpt import GPT, apply_rotary, rotary_tables
+from ..flash_attention import get_backend, runnable, settle_backend
+from ..gpt import GPT, GPTConfig, apply_rotary, rotary_tables, window_sizes
 from ..scaling import gpt_config
 from ..train import peak_flops as data_sheet
 
@@ -139,12 +141,17 @@ class TrainBenchConfig:
     device: str = ''             # cuda, mps or cpu; empty: the best there is
     plain: bool = True           # also time the plain fp32 implementation
     packing: bool = True         # also time the packer
+    attention: bool = True       # also time each attention backend that runs here
     compile: bool = False        # a further row: our model through torch.compile (needs a C++ compiler on a CPU)
 
     def check(self) -> None:
         "Raise `UserError` for sizes that make no sense."
         if min(self.depth, self.device_batch_size, self.sequence_len, self.steps) < 1: raise UserError('depth, device_batch_size, sequence_len and steps must be at least 1')
-        gpt_config(self.depth, self.vocab_size, self.sequence_len, window_pattern=self.window_pattern)  # refuses the rest
+        model_config(self)  # refuses the rest
+
+def model_config(cfg: TrainBenchConfig) -> GPTConfig:
+    "The config of the benchmark's model."
+    return gpt_config(cfg.depth, cfg.vocab_size, cfg.sequence_len, window_pattern=cfg.window_pattern)
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #de78387d
 def random_batch(cfg: TrainBenchConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -157,9 +164,45 @@ def bench_program(name: str, cfg: TrainBenchConfig, device: torch.device) -> Cal
     "A training step of 'ours', 'compiled' or 'plain fp32', with weights and an optimizer of its own."
     model, batch = build(cfg.depth, cfg.vocab_size, cfg.sequence_len, cfg.window_pattern, device), random_batch(cfg, device)
     if name == 'plain fp32': model.float()
+    if name == 'compiled': settle_backend(model)
     loss_of = {'ours': lambda: model, 'compiled': lambda: torch.compile(model), 'plain fp32': lambda: lambda *b: plain_loss(model, *b)}[name]()
     optimizer = model.setup_optimizer()
     return lambda: training_step(model, optimizer, loss_of, *batch)
+
+# %% ../../nbs/scripts/13_train_bench.ipynb #5b3849d9
+def attention_pass(name: str, window: tuple[int, int], cfg: TrainBenchConfig, device: torch.device) -> Callable[[], float]:
+    "A forward and backward pass of one layer's attention by the backend `name`, which returns its seconds. Raises `UserError` if that cannot be used."
+    c, dtype, g = model_config(cfg), compute_dtype(device), torch.Generator().manual_seed(2)
+    D = c.n_embd // c.n_head
+    attend = get_backend(device, name, dtype, D).attention
+    q, k, v = (torch.randn(cfg.device_batch_size, cfg.sequence_len, H, D, generator=g).to(device, dtype).requires_grad_() for H in (c.n_head, c.n_kv_head, c.n_kv_head))
+    def run() -> float:
+        t0 = time.perf_counter()
+        grads = torch.autograd.grad(attend(q, k, v, causal=True, window_size=window).sum(), (q, k, v))
+        grads[0].flatten()[0].item()  # waits for a GPU
+        return time.perf_counter() - t0
+    return run
+
+# %% ../../nbs/scripts/13_train_bench.ipynb #d20ffac8
+def attention_speeds(cfg: TrainBenchConfig, device: torch.device) -> list[dict[str, Any]]:
+    "Per window of the model and backend that could run here: tokens per second of a layer's attention and the ratio to 'sdpa', or why it is left out."
+    rows, tokens = [], cfg.device_batch_size * cfg.sequence_len
+    for window in sorted(set(window_sizes(model_config(cfg)))):
+        passes, seconds, broken = {}, {}, {}
+        for name in runnable(device):
+            try: passes[name], seconds[name] = attention_pass(name, window, cfg, device), []
+            except UserError as e: broken[name] = str(e)
+        for turn in range(cfg.steps + 2):
+            for name, run in passes.items(): seconds[name].append(run())
+        middle = {name: median(s[2:]) for name, s in seconds.items()}
+        rows += [dict(backend=name, window=window[0], tokens_per_s=round(tokens / t), ratio=round(middle['sdpa'] / t, 2)) for name, t in middle.items()]
+        rows += [dict(backend=name, window=window[0], left_out=why) for name, why in broken.items()]
+    return rows
+
+def attention_lines(rows: list[dict[str, Any]]) -> list[str]:
+    "The rows for a person."
+    lines = [f"{'attention':12} {'window':>10} {'tokens/s':>12} {'x sdpa':>12}"] if rows else []
+    return lines + [f"{r['backend']:12} {r['window']:>10} " + (r['left_out'] if 'left_out' in r else f"{r['tokens_per_s']:>12,} {r['ratio']:>12}") for r in rows]
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #f065fe3d
 def worker(name: str, cfg: dict[str, Any]) -> None:
@@ -209,11 +252,12 @@ def train_bench(cfg: TrainBenchConfig) -> dict[str, Any]:
     runs = take_turns(cfg, ['ours'] + ['compiled'] * cfg.compile + ['plain fp32'] * cfg.plain)
     rates = {name: cfg.device_batch_size * cfg.sequence_len / median(r['seconds']) for name, r in runs.items()}
     peak = peak_flops(device, compute_dtype(device))
-    flops = GPT(gpt_config(cfg.depth, cfg.vocab_size, cfg.sequence_len, window_pattern=cfg.window_pattern)).estimate_flops()
+    flops = GPT(model_config(cfg)).estimate_flops()
     return describe(cfg, device) | dict(
         tokens_per_s={k: round(v) for k, v in rates.items()}, ratio=round(rates['ours'] / rates['plain fp32'], 2) if cfg.plain else None,
         first_step_s={k: r['first_step_s'] and round(r['first_step_s'], 1) for k, r in runs.items()}, peak_bytes={k: r['peak_bytes'] for k, r in runs.items()},
-        mfu=round(flops * rates['ours'] / peak, 3) if peak else None, packing=packing_speed() if cfg.packing else None)
+        mfu=round(flops * rates['ours'] / peak, 3) if peak else None, packing=packing_speed() if cfg.packing else None,
+        attention=attention_speeds(cfg, device) if cfg.attention else None)
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #ce03f283
 def table(r: dict[str, Any]) -> str:
@@ -226,7 +270,7 @@ def table(r: dict[str, Any]) -> str:
     if r['ratio']: rows.append(f"{'ratio':12} {r['ratio']:>10} x plain fp32, medians of alternating steps")
     if r['mfu']: rows.append(f"{'MFU':12} {r['mfu']:>10.1%} of the peak in {r['dtype']}")
     if r['packing']: rows.append(f"{'packing':12} {r['packing']['tokens_per_s']:>10,} tokens/s, {r['packing']['ratio']} x a linear scan")
-    return '\n'.join([head, *rows])
+    return '\n'.join([head, *rows, *attention_lines(r['attention'] or [])])
 
 def main() -> None:
     "Command line: a table, then the result as one line of JSON."
