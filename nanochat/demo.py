@@ -41,6 +41,7 @@ def part_bubbles(parts: list[dict]) -> Iterator[dict]:
         if part['type'] == 'python': yield tool_bubble(part['text'], following['text'] if following['type'] == 'python_output' else None)
         elif part['type'] == 'text': yield {'role': 'assistant', 'content': html.escape(part['text'], quote=False)}
 
+# %% ../nbs/17_demo.ipynb #0863ba74
 def bubbles(messages: list[dict]) -> list[dict]:
     "Messages in the form of Gradio's chatbot."
     out = []
@@ -233,6 +234,7 @@ try { localStorage } catch {
 }
 </script>'''
 
+# %% ../nbs/17_demo.ipynb #0c4bc510
 def look() -> dict[str, Any]:
     "Theme, CSS and scripts, for `Blocks.launch` or `mount_gradio_app`: the system's own fonts, nothing fetched."
     gr = import_gradio()
@@ -349,14 +351,19 @@ def shared(engine: Any, tokenizer: Any = None) -> tuple[Any, int, bool]:
     scheduler = Scheduler(engine)
     return scheduler, scheduler.slots, True
 
+# %% ../nbs/17_demo.ipynb #05899547
+def _handler(gr: Any, method: Any) -> Any:
+    "A method of `Touch` as Gradio calls it: with the visitor's session from the request, and the event."
+    if inspect.isgeneratorfunction(method):
+        def call(request: gr.Request, event: gr.EventData, *values): yield from method(request.session_hash, event, *values)
+    else:
+        def call(request: gr.Request, event: gr.EventData, *values): return method(request.session_hash, event, *values)
+    return call
+
+# %% ../nbs/17_demo.ipynb #882250cf
 def _wire(gr: Any, demo: Any, p: dict[str, Any], touch: Touch) -> None:
     "Connect what a visitor touches with what happens then."
-    def handler(method):
-        if inspect.isgeneratorfunction(method):
-            def call(request: gr.Request, event: gr.EventData, *values): yield from method(request.session_hash, event, *values)
-        else:
-            def call(request: gr.Request, event: gr.EventData, *values): return method(request.session_hash, event, *values)
-        return call
+    handler = lambda method: _handler(gr, method)
     outputs = [p[k] for k in ('kept', 'chat', 'box', 'status', 'note', 'asked')] + [p['settings'][3]]
     at_once = dict(queue=False, show_progress='hidden', api_visibility='private')
     queued = dict(outputs=outputs, show_progress='hidden', api_visibility='private', trigger_mode='multiple', concurrency_limit=touch.places, concurrency_id='answers')
@@ -385,6 +392,7 @@ def build_demo(engine: Any, tokenizer: Any = None, info: str = '') -> Any:
     if ours: close_both(demo, engine)
     return demo
 
+# %% ../nbs/17_demo.ipynb #a1a84fd8
 def close_both(demo: Any, scheduler: Any) -> None:
     "Make `demo.close` close its scheduler too."
     close = demo.close
