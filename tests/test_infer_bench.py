@@ -12,7 +12,7 @@ from nanochat.scaling import gpt_config
 from nanochat.scripts import infer_bench as ib
 from warm_python import warm_python
 
-TINY = dict(depth=2, vocab_size=300, sequence_len=128, device='cpu', batch_sizes=(1, 2), prompt_lengths=(8, 20), prompts_at_once=3, context=16, new_tokens=6, many=6, concurrency=3, rounds=1)
+TINY = dict(depth=2, vocab_size=300, sequence_len=128, device='cpu', batch_sizes=(1, 2), prompt_lengths=(8, 20), prompts_at_once=3, context=16, new_tokens=6, many=6, concurrency=3, http=False, rounds=1)
 
 
 def flags(**options):
@@ -84,7 +84,7 @@ def test_command_line(tmp_path):
 def test_fields(tiny):
     """What README and report may rely on."""
     assert set(tiny) == {'stage', 'device', 'threads', 'dtype', 'source', 'depth', 'width', 'vocab_size', 'sequence_len', 'pattern', 'parameters', 'steps', 'context', 'new_tokens', 'rounds',
-                         'programs', 'sampling', 'memory', 'bandwidth', 'prefill', 'decode', 'many', 'serving'}
+                         'programs', 'sampling', 'memory', 'bandwidth', 'prefill', 'decode', 'many', 'serving', 'http'}
     for row in tiny['prefill']: assert set(row) == {'prompts', 'length', 'ttft_ms', 'tokens_per_s', 'ratio'}
     for row in tiny['decode']: assert set(row) == {'rows', 'sampling', 'context', 'ms_per_token', 'tokens_per_s', 'ratio', 'step_bytes', 'bytes_per_s', 'cache_bytes'}
     assert set(tiny['many']) == {'weights', 'prompts', 'new_tokens', 'same_answers', 'tokens_per_s', 'ratio'}
@@ -182,9 +182,49 @@ def test_plots(tiny, tmp_path):
 
 def test_parts_can_be_left_out(fp32):
     r = ib.infer_bench(ib.InferBenchConfig(**TINY | dict(many=0, concurrency=0, prompts_at_once=0, plain=False, weights=('compute',), batch_sizes=(2,), prompt_lengths=(8,))))
-    assert r['many'] is r['serving'] is None and r['programs'] == ['compute'] and len(r['prefill']) == 1
+    assert r['many'] is r['serving'] is r['http'] is None and r['programs'] == ['compute'] and len(r['prefill']) == 1
     assert all(row['ratio'] == {'compute': 1.0} for row in r['decode'])
     assert 'many prompts' not in ib.table(r) and 'serving' not in ib.table(r)
+
+
+@pytest.fixture(scope='module')
+def over_http():
+    """A result with real servers."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('NANOCHAT_DTYPE', 'float32')
+        return ib.infer_bench(ib.InferBenchConfig(**TINY | dict(http=True, many=0, weights=('compute',), batch_sizes=(1,), prompt_lengths=(8,), prompts_at_once=0)))
+
+
+def test_over_http(over_http):
+    """The servers answer as the scheduler does, alone and together; the table says so."""
+    pytest.importorskip('fastapi')
+    r = over_http['http']
+    assert set(r) == set(over_http['serving']) and list(r['tokens_per_s']) == ['together', 'one by one', 'plain']
+    assert r['same_answers'] == r['requests'] == 3 and all(0 < t['median'] <= t['p95'] for t in r['ttft_ms'].values())
+    part = next(p for p in ib.table(over_http).split('\n\n') if p.startswith('serving over HTTP'))
+    assert part.count('(together is') == 2 and json.loads(json.dumps(over_http)) == over_http
+
+
+def test_a_server_answers_what_its_engine_says(fp32):
+    """Read back from the stream: the very tokens, of the engine in C and of the plain program."""
+    pytest.importorskip('fastapi')
+    cfg = ib.InferBenchConfig(**TINY)
+    for program, engine in (('compute', ib.bench_engine(cfg, 'compute')), ('plain', ib.bench_engine(cfg, 'plain'))):
+        with ib.server_process(cfg, program, 2) as port: answers = ib.serve_http(port, ['hello', 'again'], 9, Draw(.8, 50), True).answers
+        assert answers == [engine.generate_batch(list(q.encode()), max_tokens=9, temperature=.8, top_k=50, seed=i)[0][0][5:] for i, q in enumerate(('hello', 'again'))]
+
+
+def test_a_server_that_cannot_start_or_answer(fp32, capfd):
+    with pytest.raises(UserError, match='did not start'):
+        with ib.server_process(ib.InferBenchConfig(**TINY | dict(vocab_size=-1)), 'compute', 1): pytest.fail('it did')
+    capfd.readouterr()
+    with pytest.raises(UserError, match='(?s)answered: .*"message"'): ib.tokens_in(b'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"message": "no"}}')
+
+
+def test_without_what_a_server_needs(fp32, monkeypatch):
+    monkeypatch.setattr(ib, 'can_serve', lambda: False)
+    r = ib.infer_bench(ib.InferBenchConfig(**TINY | dict(http=True, many=0, plain=False, weights=('compute',), batch_sizes=(1,), prompt_lengths=(8,), prompts_at_once=0)))
+    assert r['http'] is None and r['serving']
 
 
 def test_turns_alternate():

@@ -8,14 +8,16 @@ __all__ = ['BANDWIDTH', 'InferBenchConfig', 'quickened', 'check_sizes', 'check_c
            'weight_bytes', 'kv_bytes', 'tensors_of', 'held_bytes', 'known_bandwidth', 'stream_bandwidth',
            'device_bandwidth', 'alternate', 'synchronize', 'seconds', 'random_prompts', 'rates', 'Bench',
            'bench_prefill', 'step_seconds', 'achieved', 'cache_bytes', 'sampling_name', 'bench_decode', 'bench_many',
-           'compare', 'Served', 'serve_together', 'serve_in_turn', 'percentile', 'bench_serving', 'describe', 'memory',
-           'measurements', 'infer_bench', 'head_lines', 'prefill_lines', 'decode_lines', 'many_lines', 'serving_lines',
-           'memory_lines', 'table', 'figure', 'save_figure', 'main']
+           'compare', 'Served', 'serve_together', 'serve_in_turn', 'percentile', 'serving_figures', 'bench_serving',
+           'Spelled', 'PlainEngine', 'bench_engine', 'bench_server', 'server_process', 'ask', 'tokens_in', 'serve_http',
+           'bench_http', 'describe', 'memory', 'can_serve', 'measurements', 'infer_bench', 'head_lines',
+           'prefill_lines', 'decode_lines', 'many_lines', 'serving_lines', 'memory_lines', 'table', 'figure',
+           'save_figure', 'main']
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #8885f8a8
-import copy, json, math, random, time
+import asyncio, contextlib, copy, importlib.util, json, math, random, subprocess, sys, time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +27,7 @@ from torch import nn
 
 from ..checkpoint_manager import load_model
 from ..common import Progress, UserError, cli, compute_dtype, cpu_name, detect_device, peak_memory_bytes
-from ..engine import Draw, Engine, KVCache, Scheduler, ToolUse, model_dtype, sample_next_token
+from ..engine import Draw, Engine, ForwardRunner, KVCache, Scheduler, ToolUse, model_dtype, sample_next_token
 from ..gpt import GPT
 from ..inference import Int8, linear_forms
 from ..native import dismiss_team, fits, native_state
@@ -56,6 +58,7 @@ class InferBenchConfig:
     top_k: int = 50
     many: int = 64                  # different prompts at once against one by one; 0 leaves that out
     concurrency: int = 16           # requests at once through the scheduler; 0 leaves that out
+    http: bool = True               # and through servers in processes of their own; not with --quick
     rounds: int = 5                 # timed turns of each program
     plot: str = ''                  # write a figure there (.svg, .png or .pdf)
     quick: bool = False             # a rough look in seconds: shorter, smaller, fewer
@@ -71,7 +74,7 @@ def quickened(cfg: InferBenchConfig) -> InferBenchConfig:
     if not cfg.quick: return cfg
     cap = lambda sizes, most: tuple(n for n in sizes if n <= most) or (most,)
     return replace(cfg, batch_sizes=cap(cfg.batch_sizes, 4), prompt_lengths=cap(cfg.prompt_lengths, 32), prompts_at_once=min(cfg.prompts_at_once, 4), context=min(cfg.context, 64),
-                   new_tokens=min(cfg.new_tokens, 12), many=min(cfg.many, 8), concurrency=min(cfg.concurrency, 4), rounds=min(cfg.rounds, 2))
+                   new_tokens=min(cfg.new_tokens, 12), many=min(cfg.many, 8), concurrency=min(cfg.concurrency, 4), http=False, rounds=min(cfg.rounds, 2))
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #6ef033b6
 def check_sizes(cfg: InferBenchConfig) -> None:
@@ -401,6 +404,14 @@ def percentile(values: list[float], share: float) -> float:
     "The smallest value that at least this share of the values does not exceed."
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
+def serving_figures(b: Bench, rounds: dict[str, list[Served]]) -> dict[str, Any]:
+    "Medians over all rounds; speeds count whole rounds, from the first request's arrival to the last token."
+    (n, new), every = (b.cfg.concurrency, b.cfg.new_tokens), lambda field, name: [1e3 * x for r in rounds[name] for x in getattr(r, field)]
+    return dict(weights=b.engine, requests=n, new_tokens=new, same_answers=sum(x == y for x, y in zip(rounds['together'][0].answers, rounds['one by one'][0].answers)),
+                ttft_ms={k: dict(median=round(median(every('first', k)), 2), p95=round(percentile(every('first', k), .95), 2)) for k in rounds},
+                ms_per_token={k: round(median(every('each', k)), 4) for k in rounds}, **compare(n * new, {k: median(r.total for r in rs) for k, rs in rounds.items()}))
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #d4f1b58e
 def bench_serving(b: Bench) -> dict[str, Any]:
     "Different requests at once through a `Scheduler`, against one by one through the same engine and through the plain program."
     n, new = b.cfg.concurrency, b.cfg.new_tokens
@@ -409,10 +420,86 @@ def bench_serving(b: Bench) -> dict[str, Any]:
         runs = {'together': lambda: serve_together(scheduler, texts, new, b.draw), 'one by one': lambda: serve_in_turn(b.fast, texts, new, b.draw)}
         if 'plain' in b.programs: runs['plain'] = lambda: serve_in_turn(b.programs['plain'], texts, new, b.draw)
         rounds = alternate(runs, min(b.cfg.rounds, 3))
-    every = lambda field, name: [1e3 * x for r in rounds[name] for x in getattr(r, field)]
-    return dict(weights=b.engine, requests=n, new_tokens=new, same_answers=sum(x == y for x, y in zip(rounds['together'][0].answers, rounds['one by one'][0].answers)),
-                ttft_ms={k: dict(median=round(median(every('first', k)), 2), p95=round(percentile(every('first', k), .95), 2)) for k in runs},
-                ms_per_token={k: round(median(every('each', k)), 4) for k in runs}, **compare(n * new, {k: median(r.total for r in rounds[k]) for k in runs}))
+    return serving_figures(b, rounds)
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #9cac2627
+class Spelled(Endless):
+    "Text for any vocabulary: a prompt's bytes are its tokens, and a token is written as its number."
+    def __init__(self, vocab_size: int): self.vocab_size = vocab_size
+    def render_for_completion(self, conversation: dict) -> list[int]: return [b % self.vocab_size for m in conversation['messages'] for b in m['content'].encode()]
+    def decode_single_token_bytes(self, id: int) -> bytes: return b'%d ' % id
+
+class PlainEngine(Engine):
+    "An engine that runs the model's own forward in fp32."
+    def runner(self) -> ForwardRunner: return self._fresh('runner', lambda: ForwardRunner(plain_model(self.model)))
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #2737b15d
+def bench_engine(cfg: InferBenchConfig, program: str) -> Engine:
+    "The engine called `program` with a model of its own, and words for it."
+    model = load(cfg, detect_device(cfg.device or None))
+    tokenizer, in_c = Spelled(model.config.vocab_size), program == 'compute'
+    return PlainEngine(model, tokenizer) if program == 'plain' else Engine(model, tokenizer, 'int8' if program == 'int8' else 'compute', in_c)
+
+def bench_server(cfg: InferBenchConfig, program: str, slots: int) -> None:
+    "Serve a model until standard input closes, which it also does when the parent dies; prints the address."
+    from nanochat import server
+    engine = bench_engine(cfg, program)
+    pool = server.Pool([Scheduler(engine, slots=slots, max_waiting=64, kept=0)])
+    service = server.Service(pool, server.Served('bench', program, 0, sum(p.numel() for p in engine.model.parameters()), pool.limit, 0))
+    with server.Running(server.build_app(service), service) as running:
+        print(running.url, flush=True)
+        sys.stdin.read()
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #cbeb0101
+@contextlib.contextmanager
+def server_process(cfg: InferBenchConfig, program: str, slots: int) -> Iterator[int]:
+    "A process that runs `bench_server`: its port. Ctrl-C is for the parent; the child goes when the parent does. Raises `UserError` if it does not start."
+    code = 'import json, sys; from nanochat.scripts.infer_bench import *; cfg, *rest = json.loads(sys.argv[1]); bench_server(InferBenchConfig(**cfg), *rest)'
+    command = [sys.executable, '-c', code, json.dumps([asdict(cfg), program, slots])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        if not (url := child.stdout.readline().strip()): raise UserError('the server of the benchmark did not start; why stands above')
+        yield int(url.rsplit(':', 1)[1])
+        child.stdin.close()
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #24b5e48d
+async def ask(port: int, question: str, new: int, draw: Draw, seed: int) -> tuple[float, float, bytes]:
+    "Stream one answer: when its first text came, when it ended (`time.perf_counter`), and all that came."
+    wanted = dict(messages=[dict(role='user', content=question)], max_tokens=new, temperature=draw.temperature, top_k=draw.top_k or 0, seed=seed, stream=True)
+    body, got, first = json.dumps(wanted).encode(), b'', 0.0
+    reader, writer = await asyncio.open_connection('127.0.0.1', port)
+    writer.write(b'POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body))
+    while piece := await reader.read(2**16):
+        got += piece
+        first = first or (time.perf_counter() if got.count(b'data: ') > 1 else 0.0)  # the first event names the role
+    writer.close()
+    return first, time.perf_counter(), got
+
+def tokens_in(got: bytes) -> list[int]:
+    "The tokens of a streamed answer. Raises `UserError` if it is something else."
+    events = [line[6:] for line in got.decode().splitlines() if line.startswith('data: {')]
+    if not got.endswith(b'data: [DONE]\n\n'): raise UserError(f'the server of the benchmark answered: {got[-300:].decode(errors="replace")}')
+    return [int(word) for word in ''.join(c['delta'].get('content') or '' for e in events for c in json.loads(e)['choices']).split()]
+
+# %% ../../nbs/scripts/11_infer_bench.ipynb #8852c621
+def serve_http(port: int, questions: list[str], new: int, draw: Draw, together: bool) -> Served:
+    "All requests at once, or each when the one before has its answer."
+    async def run() -> list[tuple[float, float, bytes]]:
+        one = lambda i: ask(port, questions[i], new, draw, i)
+        return list(await asyncio.gather(*map(one, range(len(questions))))) if together else [await one(i) for i in range(len(questions))]
+    dismiss_team()
+    t0, found = time.perf_counter(), asyncio.run(run())
+    return Served(max(end for _, end, _ in found) - t0, [first - t0 for first, _, _ in found], [(end - first) / (new - 1) for first, end, _ in found], [tokens_in(got) for *_, got in found])
+
+def bench_http(b: Bench) -> dict[str, Any]:
+    "`bench_serving` over HTTP: different questions at once, one by one, and one by one to a server of the plain program."
+    questions = [''.join(chr(97 + token % 26) for token in text) for text in b.short_prompts(b.cfg.concurrency)]
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(server_process(b.cfg, b.engine, b.cfg.concurrency))
+        runs = {name: lambda t=name == 'together': serve_http(port, questions, b.cfg.new_tokens, b.draw, t) for name in ('together', 'one by one')}
+        if 'plain' in b.programs:
+            plain = stack.enter_context(server_process(b.cfg, 'plain', 1))
+            runs['plain'] = lambda: serve_http(plain, questions, b.cfg.new_tokens, b.draw, False)
+        return serving_figures(b, alternate(runs, min(b.cfg.rounds, 3)))
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #39f322b4
 def describe(cfg: InferBenchConfig, model: GPT) -> dict[str, Any]:
@@ -428,13 +515,18 @@ def memory(b: Bench) -> dict[str, Any]:
                 step_weight_bytes={n: weight_bytes(b.model, n) for n in b.programs}, peak_bytes=peak_memory_bytes(b.device))
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #39413c86
+def can_serve() -> bool:
+    "Whether what a server needs is installed: extra [serve]."
+    return all(map(importlib.util.find_spec, ('fastapi', 'uvicorn')))
+
 def measurements(b: Bench) -> dict[str, list[Callable[[], dict]]]:
     "Everything there is to do, by the field of the result it fills."
     cfg = b.cfg
     batches = [1] + [cfg.prompts_at_once] * (cfg.prompts_at_once > 1)
     return dict(prefill=[lambda n=n, m=m: bench_prefill(b, m, n) for m in batches for n in cfg.prompt_lengths],
                 decode=[lambda d=d, n=n: bench_decode(b, n, d) for d in (b.draw, Draw(0.0)) for n in cfg.batch_sizes],
-                many=[lambda: bench_many(b)] * bool(cfg.many), serving=[lambda: bench_serving(b)] * bool(cfg.concurrency))
+                many=[lambda: bench_many(b)] * bool(cfg.many), serving=[lambda: bench_serving(b)] * bool(cfg.concurrency),
+                http=[lambda: bench_http(b)] * bool(cfg.concurrency and cfg.http and can_serve()))
 
 def infer_bench(cfg: InferBenchConfig) -> dict[str, Any]:
     "Run the benchmark; a dict of figures. Raises `UserError` for a bad config before any work."
@@ -449,7 +541,7 @@ def infer_bench(cfg: InferBenchConfig) -> dict[str, Any]:
             for run in runs:
                 out[field].append(run())
                 progress.update(now=field)
-    out |= {field: out[field][0] if out[field] else None for field in ('many', 'serving')}
+    out |= {field: out[field][0] if out[field] else None for field in ('many', 'serving', 'http')}
     return describe(cfg, model) | dict(programs=list(b.programs), sampling=sampling_name(b.draw), memory=memory(b), bandwidth=device_bandwidth(b.device, cfg.quick)) | out
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #a6fcea03
@@ -483,9 +575,9 @@ def many_lines(m: dict[str, Any]) -> list[str]:
     out = ['', f"many prompts: {m['prompts']} at once, {m['new_tokens']} new tokens each, {m['weights']} weights; {m['same_answers']} of {m['prompts']} answers the same one by one"]
     return out + [f"{n:>18} {v:>10,.0f} tokens/s" + (f"  (together is {m['ratio'][n]:.2f} x this)" if n in m['ratio'] else '') for n, v in m['tokens_per_s'].items()]
 
-def serving_lines(s: dict[str, Any]) -> list[str]:
+def serving_lines(s: dict[str, Any], how: str = 'serving') -> list[str]:
     "Many people at once."
-    out = ['', f"serving: {s['requests']} requests at once, {s['new_tokens']} new tokens each, {s['weights']} weights; {s['same_answers']} of {s['requests']} answers the same one by one"]
+    out = ['', f"{how}: {s['requests']} requests at once, {s['new_tokens']} new tokens each, {s['weights']} weights; {s['same_answers']} of {s['requests']} answers the same one by one"]
     return out + [f"{n:>18} {v:>10,.0f} tokens/s, TTFT {s['ttft_ms'][n]['median']:,.1f} ms median, {s['ttft_ms'][n]['p95']:,.1f} ms p95, {s['ms_per_token'][n]:.2f} ms/token"
                   + (f"  (together is {s['ratio'][n]:.2f} x this)" if n in s['ratio'] else '') for n, v in s['tokens_per_s'].items()]
 
@@ -500,6 +592,7 @@ def table(r: dict[str, Any]) -> str:
     for sampling in dict.fromkeys(row['sampling'] for row in r['decode']): out += decode_lines(r, sampling)
     if r['many']: out += many_lines(r['many'])
     if r['serving']: out += serving_lines(r['serving'])
+    if r['http']: out += serving_lines(r['http'], 'serving over HTTP, clients on the same machine')
     return '\n'.join(out + memory_lines(r['memory']))
 
 # %% ../../nbs/scripts/11_infer_bench.ipynb #228bd2a3
