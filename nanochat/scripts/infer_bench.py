@@ -17,6 +17,7 @@ __all__ = ['BANDWIDTH', 'InferBenchConfig', 'quickened', 'check_sizes', 'check_c
 # %% ../../nbs/scripts/11_infer_bench.ipynb #8885f8a8
 import asyncio, contextlib, copy, importlib.util, json, math, random, subprocess, sys, time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -487,7 +488,8 @@ def serve_http(port: int, questions: list[str], new: int, draw: Draw, together: 
         one = lambda i: ask(port, questions[i], new, draw, i)
         return list(await asyncio.gather(*map(one, range(len(questions))))) if together else [await one(i) for i in range(len(questions))]
     dismiss_team()
-    t0, found = time.perf_counter(), asyncio.run(run())
+    with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop that is running
+        t0, found = time.perf_counter(), thread.submit(lambda: asyncio.run(run())).result()
     return Served(max(end for _, end, _ in found) - t0, [first - t0 for first, _, _ in found], [(end - first) / (new - 1) for first, end, _ in found], [tokens_in(got) for *_, got in found])
 
 def bench_http(b: Bench) -> dict[str, Any]:
