@@ -238,7 +238,8 @@ def _fa3_module() -> Any:
     with offline(): return get_kernel(HUB_FA3, version=1)
 
 # %% ../nbs/04_flash_attention.ipynb #9b4e496b
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1), name: str = 'fa2', unlimited: int | None = -1) -> Tensor:
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+                     name: str = 'fa2', unlimited: int | None = -1) -> Tensor:
     "Attention by an installed FlashAttention; arguments as `sdpa_attention`, fp16 or bf16 on a GPU. `unlimited` is its word for no limit."
     left, right = trimmed_limits(causal, window_size, q.shape[1], k.shape[1])
     window = tuple(unlimited if n < 0 else n for n in (left, right))
@@ -250,7 +251,6 @@ def kernel_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor |
                         causal: bool = False, window_size: tuple[int, int] = (-1, -1), name: str = 'fa2') -> Tensor:
     "`sdpa_with_kvcache` by an installed FlashAttention 2 or 3."
     Tq, T_max, new = q.shape[1], k_cache.shape[1], 0 if k is None else k.shape[1]
-    if k_cache.dtype != q.dtype: return sdpa_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size)
     if max(Tq, new) > T_max: raise ValueError(f'the cache holds {T_max} positions; {max(Tq, new)} do not fit')
     if cache_seqlens is None: cache_seqlens = T_max - new
     if isinstance(cache_seqlens, Tensor): cache_seqlens = cache_seqlens.to(torch.int32)
@@ -360,7 +360,8 @@ def probe_attention(attend: Callable, device: torch.device, dtype: torch.dtype, 
         tensors, up = [random(2, T, H, head_dim) for T, H in ((Tq, 4), (Tk, 2), (Tk, 2))], random(2, Tq, 4, head_dim).float()
         ours = _with_gradients(attend, tensors, up, window)
         exact = _with_gradients(sdpa_attention, [t.float() for t in tensors], up, window)
-        if found := first_difference(['output', 'gradient of q', 'gradient of k', 'gradient of v'], ours, exact): return f'{found} ({Tq} queries, {Tk} keys, window {window})'
+        found = first_difference(['output', 'gradient of q', 'gradient of k', 'gradient of v'], ours, exact)
+        if found: return f'{found} ({Tq} queries, {Tk} keys, window {window})'
     return ''
 
 def probe_cache(with_kvcache: Callable, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -372,7 +373,8 @@ def probe_cache(with_kvcache: Callable, device: torch.device, dtype: torch.dtype
         exact_caches = [c.float() for c in caches]
         ours = with_kvcache(q, *caches, k=k, v=v, cache_seqlens=lens, causal=True, window_size=(33, 0))
         exact = sdpa_with_kvcache(q.float(), *exact_caches, k=k.float(), v=v.float(), cache_seqlens=lens, causal=True, window_size=(33, 0))
-        if found := first_difference(['output', 'cache of keys', 'cache of values'], [ours, *caches], [exact, *exact_caches]): return f'{found} ({T} new positions)'
+        found = first_difference(['output', 'cache of keys', 'cache of values'], [ours, *caches], [exact, *exact_caches])
+        if found: return f'{found} ({T} new positions)'
     return ''
 
 # %% ../nbs/04_flash_attention.ipynb #30628121
@@ -424,7 +426,8 @@ def get_backend(device: torch.device, name: str | None = None, dtype: torch.dtyp
 # %% ../nbs/04_flash_attention.ipynb #3d07d827
 def traceable(b: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     "Whether torch.compile can take a backend's attention, backward included, into one graph, and gets the same results."
-    traced = torch.compile(lambda q, k, v, causal, window_size: b.attention(q, k, v, causal=causal, window_size=window_size), backend='aot_eager', fullgraph=True, dynamic=False)
+    def attend(q, k, v, causal, window_size): return b.attention(q, k, v, causal=causal, window_size=window_size)
+    traced = torch.compile(attend, backend='aot_eager', fullgraph=True, dynamic=False)
     return _said_of(probe_attention, traced, device, dtype, head_dim) == ''
 
 def settle_backend(model: torch.nn.Module) -> Backend:
@@ -444,6 +447,7 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, windo
 def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, cache_seqlens: Tensor | int | None = None,
                             causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
     "Attention of q `(B, Tq, H, D)` to a cache `(B, T_max, H_kv, D)`, into which k, v are first written at row b's position `cache_seqlens[b]`."
-    return get_backend(q.device, None, q.dtype, q.shape[-1]).with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
+    b = get_backend(q.device, None, q.dtype, q.shape[-1])
+    return b.with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
