@@ -346,7 +346,7 @@ class ForwardRunner:
 # %% ../nbs/12_engine.ipynb #d992fe3d
 def draw_group(logits: Tensor, rows: list[Row], draw: Draw, runner: Any) -> Tensor:
     "Tokens (n,) for rows that are drawn alike, by the runner where it can: PyTorch's threads, woken for a moment, would be in the way of those in C."
-    u = torch.tensor([next(row.noise) for row in rows]).to(logits.device, non_blocking=True) if draw.temperature else None
+    u = torch.tensor([next(row.noise) for row in rows]).to(logits.device, non_blocking=logits.is_cuda) if draw.temperature else None
     tokens = runner.draw(logits, u, draw.temperature, draw.top_k, draw.top_p) if hasattr(runner, 'draw') else None
     return pick(logits, u, draw.temperature, draw.top_k, draw.top_p, getattr(runner, 'softcap', None))[:, 0] if tokens is None else tokens
 
@@ -367,8 +367,7 @@ class Arriving:
         self.tokens, self._event = tokens, None
         if tokens.is_cuda:
             self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = torch.cuda.current_stream(tokens.device).record_event()  # of the tokens' GPU, not of the thread's current one
 
     def tolist(self) -> list[int]:
         "The tokens, once they are there."
@@ -440,7 +439,7 @@ class Batch(LeavingRows):
         "The tokens that will be accepted: those a row must say instead of what it drew are known before they are drawn."
         forced = [row.tools.forced[0] if row.tools.forced else -1 for row in self.rows]
         if max(forced) < 0: return tokens
-        instead = torch.tensor(forced).to(tokens.device, non_blocking=True)
+        instead = torch.tensor(forced).to(tokens.device, non_blocking=tokens.is_cuda)
         return torch.where(instead >= 0, instead, tokens)
 
 # %% ../nbs/12_engine.ipynb #8aa214a2
@@ -854,6 +853,8 @@ class SchedulerLoop(SchedulerReading):
     "The thread."
     @torch.inference_mode()
     def _run(self) -> None:
+        device = self.model.get_device()
+        if device.type == 'cuda': torch.cuda.set_device(device)  # a new thread begins with GPU 0
         while True:
             if not self._busy(): dismiss_team()  # whoever computes next, here or elsewhere, starts with all cores
             with self._work: self._work.wait_for(lambda: self._busy() or self._closing)
