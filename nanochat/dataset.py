@@ -13,7 +13,8 @@ __all__ = ['SKIPPED_FOLDERS', 'HUB', 'SUFFIXES', 'SEED', 'ROW_GROUP', 'SHARD_BYT
            'partial_path', 'fetch_file', 'present_bytes', 'download', 'inspect_shard', 'HubManifest', 'check_shards',
            'hub_listing', 'hub_jobs', 'sole', 'download_corpus', 'in_background', 'existing_corpus', 'require_memory',
            'source_documents', 'prepare_corpus', 'Buckets', 'text_bytes', 'spread', 'train_and_val', 'RepackageConfig',
-           'check_repackage', 'write_shards', 'repackage', 'report_corpus', 'DatasetConfig', 'prepare', 'main']
+           'check_repackage', 'write_shards', 'sort_into_shards', 'repackage', 'report_corpus', 'DatasetConfig',
+           'prepare', 'main']
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
 import contextlib, errno, hashlib, importlib, importlib.util, inspect, io, json, os, queue, random, re, shutil, subprocess, sys, sysconfig, threading, time, tokenize, warnings
@@ -390,6 +391,7 @@ class RemoteFile:
     size: int
     digest: str  # 'sha256:...' or 'git:...'
 
+# %% ../nbs/02_dataset.ipynb #d886f5f3
 def content_digest(path: Path, kind: str) -> str:
     "The digest of a file on disk, of the kind that a `RemoteFile` carries. Git hashes a header with the length, then the content."
     if kind == 'sha256': return f'sha256:{sha256_file(path)}'
@@ -413,6 +415,7 @@ class Transient(Exception):
 class Missing(UserError):
     "The hub has no such dataset, branch, folder or file."
 
+# %% ../nbs/02_dataset.ipynb #28b83fbc
 def hub_trouble(e: Exception, what: str) -> Exception:
     "What an exception of a transfer means: `Transient` where another try may help, a `UserError` where a person must act, else itself."
     status = getattr(getattr(e, 'response', None), 'status_code', None)
@@ -425,6 +428,7 @@ def hub_trouble(e: Exception, what: str) -> Exception:
     network = isinstance(e, OSError) or type(e).__module__.split('.')[0] in ('httpx', 'httpx2', 'httpcore', 'httpcore2')
     return Transient(f'{type(e).__name__}: {e}'.strip(': ')) if network else e
 
+# %% ../nbs/02_dataset.ipynb #149c7fe3
 def patiently(action: Callable[[], Any], what: str, tries: int = TRIES, progress: Callable[[], int] = lambda: 0, sleep: Callable[[float], Any] = time.sleep) -> Any:
     "The value of `action`, tried again after a growing pause while its trouble is `Transient`; a try after which `progress()` has grown is not counted."
     failed, before = 0, progress()
@@ -471,6 +475,7 @@ def receive(file: RemoteFile, partial: Path, count: Callable[[int], Any]) -> Non
                 have += len(piece)
                 if have > file.size: break
 
+# %% ../nbs/02_dataset.ipynb #53cc7886
 def check_size_and_digest(file: RemoteFile, partial: Path, count: Callable[[int], Any]) -> None:
     "Raise `Transient` for a partial file that is too short, or, after removing it, for one whose bytes are wrong."
     have = partial.stat().st_size
@@ -480,6 +485,7 @@ def check_size_and_digest(file: RemoteFile, partial: Path, count: Callable[[int]
     count(-min(have, file.size))
     raise Transient('its bytes do not have the hash that the hub announced')
 
+# %% ../nbs/02_dataset.ipynb #edfd9edb
 def place(partial: Path, target: Path) -> None:
     "Give a finished file its final name, on the disk and not only in memory."
     fsync_path(partial)
@@ -524,30 +530,37 @@ def _work(jobs: queue.SimpleQueue, events: queue.SimpleQueue, stop: threading.Ev
         except _Stop: return
         except BaseException as e: events.put(('failed', file, e))
 
+# %% ../nbs/02_dataset.ipynb #8a778981
 def present_bytes(file: RemoteFile, target: Path) -> int:
     "How much of a file an earlier attempt left."
     partial = partial_path(file, target)
     return min(partial.stat().st_size, file.size) if partial.exists() else 0
 
+def _listen(events: queue.SimpleQueue, files: int, bar: Progress, done: Callable[[RemoteFile, Path], Any]) -> list[BaseException]:
+    "What the threads tell, until each file is there or failed, or too much has: draws the bar, calls `done`, returns the failures."
+    left, failures = files, []
+    while left:
+        kind, what, value = events.get()
+        if kind == 'bytes': bar.update(what, files=f'{files - left}/{files}')
+        else: left -= 1
+        if kind == 'done': done(what, value)
+        if kind == 'failed': failures.append(value)
+        if kind == 'failed' and ('tries' not in str(value) or len(failures) == 3): break
+    return failures
+
+# %% ../nbs/02_dataset.ipynb #586f2380
 def download(jobs: Sequence[tuple[RemoteFile, Path]], desc: str, workers: int = 8, done: Callable[[RemoteFile, Path], Any] = lambda f, p: None) -> None:
     """Download files, `workers` at a time, in order; `done` is called here for each as it is finished. Raises the first
     error that is not `Transient`; one file that keeps failing does not stop the others, three do."""
-    todo, events, stop, failures = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event(), []
+    todo, events, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     for job in jobs: todo.put(job)
     require_space(jobs[0][1].parent, sum(f.size - present_bytes(f, t) for f, t in jobs))
     threads = [threading.Thread(target=_work, args=(todo, events, stop), daemon=True) for _ in range(min(workers, len(jobs)))]
-    left = len(jobs)
     with Progress(sum(f.size for f, _ in jobs), desc, 'B') as bar:
         bar.resume_at(sum(present_bytes(*job) for job in jobs))
         try:
             for t in threads: t.start()
-            while left:
-                kind, what, value = events.get()
-                if kind == 'bytes': bar.update(what, files=f'{len(jobs) - left}/{len(jobs)}')
-                else: left -= 1
-                if kind == 'done': done(what, value)
-                if kind == 'failed': failures.append(value)
-                if kind == 'failed' and ('tries' not in str(value) or len(failures) == 3): break
+            failures = _listen(events, len(jobs), bar, done)
         finally: stop.set()
     for t in threads: t.join(2)  # let those that are not waiting for a server close their files
     if failures: raise failures[0]
@@ -566,6 +579,7 @@ def inspect_shard(path: Path, split: str, digest: str) -> dict[str, Any]:
     except pa.ArrowException as e: raise UserError(f'{path.name} is not a readable parquet file: {e}') from e
     return dict(split=split, file=path.name, rows=rows, bytes=size, file_bytes=path.stat().st_size, sha256=digest)
 
+# %% ../nbs/02_dataset.ipynb #8b92313f
 class HubManifest:
     "What is here of a hub corpus, written down after every shard. `found` maps a shard's number to its entry."
     def __init__(self, name: str):
@@ -611,6 +625,7 @@ def hub_listing(m: HubManifest, shards: int) -> dict[str, RemoteFile]:
     m.commit = files[m.file(0)].commit
     return files
 
+# %% ../nbs/02_dataset.ipynb #25249c1d
 def hub_jobs(m: HubManifest, shards: int, files: dict[str, RemoteFile]) -> list[tuple[RemoteFile, Path]]:
     "What must be downloaded for a corpus to have so many shards; what lies there already, whole but not written down, is written down."
     jobs = [(files[m.file(i)], m.folder/m.file(i)) for i in m.missing(shards)]
@@ -619,6 +634,7 @@ def hub_jobs(m: HubManifest, shards: int, files: dict[str, RemoteFile]) -> list[
         jobs.remove((file, target))
     return jobs
 
+# %% ../nbs/02_dataset.ipynb #bd93e031
 @contextlib.contextmanager
 def sole(folder: Path, enough: Callable[[], bool] = lambda: False) -> Iterator[bool]:
     "Hold a folder's lock: yields True with it; False, without it, as soon as `enough()` while another process holds it."
@@ -636,6 +652,7 @@ def sole(folder: Path, enough: Callable[[], bool] = lambda: False) -> Iterator[b
             if not told: print0(f'another process is downloading into {folder}; waiting for it')
             told = True
 
+# %% ../nbs/02_dataset.ipynb #c0d25d64
 def download_corpus(name: str, shards: int | None = None, force: bool = False, workers: int = 8) -> Corpus:
     """A hub corpus with the validation shard and training shards `0 ... shards-1`; what is here is not fetched again, and
     with everything here the network is not touched. Default: what is here, or 8. `force` hashes what is here and replaces what is damaged."""
@@ -678,6 +695,7 @@ def existing_corpus(name: str, mark: str) -> Corpus | None:
     except (UserError, json.JSONDecodeError): return None
     return corpus if corpus.manifest.get('fingerprint') == mark and not corpus.damaged() else None
 
+# %% ../nbs/02_dataset.ipynb #a8d71e2b
 def require_memory(files: Sequence[Path], source: str) -> None:
     "Raise `UserError` for a source too large to be shuffled in memory."
     total, ram = sum(f.stat().st_size for f in files), environment(torch.device('cpu'))['ram_bytes']
@@ -700,6 +718,7 @@ def _check(source: str, max_bytes: int | None, val_fraction: float, errors: str)
     if max_bytes is not None and max_bytes < 2: raise UserError(f'max_bytes {max_bytes} is too small; give 2 or more')
     if not 0 < val_fraction < 1: raise UserError(f'val_fraction {val_fraction} must lie between 0 and 1, for instance 0.02')
 
+# %% ../nbs/02_dataset.ipynb #18834d92
 def prepare_corpus(source: str | Path = 'stdlib', *, max_bytes: int | None = None, val_fraction: float = 0.02,
                    errors: str = 'strict', force: bool = False, shards: int | None = None) -> Corpus:
     """Make a corpus from 'stdlib' or from a file or folder of texts, or find it already made from the same content; download one by its hub name.
@@ -776,6 +795,7 @@ def text_bytes(files: Sequence[Path], column: str = 'text') -> int:
         return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
     return sum(map(size, files))
 
+# %% ../nbs/02_dataset.ipynb #9b4740eb
 def spread(files: Sequence[Path], buckets: Buckets, seed: bytes, errors: str, column: str) -> None:
     "Read every document of some files into buckets."
     with Progress(sum(f.stat().st_size for f in files), 'reading', 'B') as bar:
@@ -812,6 +832,7 @@ class RepackageConfig:
     errors: str = 'strict'  # invalid UTF-8: 'strict' stops, 'replace' puts a mark there, 'ignore' drops it
     force: bool = False  # make it again even if it is there
 
+# %% ../nbs/02_dataset.ipynb #ad65bc63
 def check_repackage(cfg: RepackageConfig) -> None:
     "Raise `UserError` for settings that cannot be."
     if not re.fullmatch(r'\w[\w.-]*', cfg.out) or cfg.out == 'stdlib' or cfg.out in HUB: raise UserError(f"'{cfg.out}' cannot be the name of a new corpus; give --out a word of letters, digits, '-' and '_' other than {', '.join(['stdlib', *HUB])}")
@@ -819,6 +840,7 @@ def check_repackage(cfg: RepackageConfig) -> None:
     if low: raise UserError(f'{low[0]} {getattr(cfg, low[0])} is too small; leave out --{low[0].replace("_", "-")} for the usual one')
     _check(cfg.source, None, cfg.val_fraction, cfg.errors)
 
+# %% ../nbs/02_dataset.ipynb #c9641ee0
 def write_shards(part: Path, buckets: Buckets, cfg: RepackageConfig) -> list[dict[str, Any]]:
     "The documents of the buckets, in order, as `shard_00000.parquet` and so on below `part`; returns their entries in the manifest."
     count, total = buckets.total()
@@ -833,6 +855,19 @@ def write_shards(part: Path, buckets: Buckets, cfg: RepackageConfig) -> list[dic
                 bar.update(entries[-1]['bytes'])
     return entries
 
+# %% ../nbs/02_dataset.ipynb #93f9a3ca
+def sort_into_shards(cfg: RepackageConfig, files: Sequence[Path], folder: Path, about: dict[str, Any]) -> None:
+    "Make the folder of a corpus from files: into buckets, out of them in order, and last the manifest, which also holds `about`. All or nothing."
+    total = text_bytes(files, cfg.column)
+    require_space(folder, 2 * total)  # the buckets and, at worst, as much again
+    with atomic_dir(folder) as part:
+        buckets = Buckets(part/'.buckets', max(1, -(-4 * total // cfg.memory)), cfg.memory // 4)
+        spread(files, buckets, f'nanochat {cfg.seed} '.encode(), cfg.errors, cfg.column)
+        manifest = dict(name=cfg.out, source=str(cfg.source), **about, shards=write_shards(part, buckets, cfg))
+        shutil.rmtree(buckets.folder)
+        (part/'manifest.json').write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf8')
+
+# %% ../nbs/02_dataset.ipynb #061d8977
 def repackage(cfg: RepackageConfig) -> Corpus:
     "Make a corpus of shuffled shards from a source of any size; one made before from the same content and settings is recognised. Raises `UserError`."
     check_repackage(cfg)
@@ -841,18 +876,12 @@ def repackage(cfg: RepackageConfig) -> Corpus:
     mark = fingerprint(files, Path(os.path.commonpath([f.parent for f in files])), **settings)
     corpus = None if cfg.force else existing_corpus(cfg.out, mark)
     if corpus is None:
-        total = text_bytes(files, cfg.column)
-        require_space(folder, 2 * total)  # the buckets and, at worst, as much again
-        with atomic_dir(folder) as part:
-            buckets = Buckets(part/'.buckets', max(1, -(-4 * total // cfg.memory)), cfg.memory // 4)
-            spread(files, buckets, f'nanochat {cfg.seed} '.encode(), cfg.errors, cfg.column)
-            manifest = dict(name=cfg.out, source=str(cfg.source), fingerprint=mark, **settings, shards=write_shards(part, buckets, cfg))
-            shutil.rmtree(buckets.folder)
-            (part/'manifest.json').write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf8')
+        sort_into_shards(cfg, files, folder, dict(fingerprint=mark, **settings))
         corpus = open_corpus(cfg.out)
     report_corpus(corpus)
     return corpus
 
+# %% ../nbs/02_dataset.ipynb #b0255746
 def report_corpus(c: Corpus) -> None:
     "Print what a corpus holds and where it is."
     for split in ('train', 'val'):
@@ -872,6 +901,7 @@ class DatasetConfig:
     background: bool = False  # of a hub corpus: download in a process of its own, with a log
     workers: int = 8  # of a hub corpus: files at a time
 
+# %% ../nbs/02_dataset.ipynb #8396fee2
 def prepare(cfg: DatasetConfig) -> Corpus | Path:
     "Prepare the corpus and say where it is. In the background: start, and return the log's path."
     if cfg.source in HUB and cfg.background: return in_background(cfg.source, cfg.shards or 8, cfg.workers)
@@ -882,6 +912,7 @@ def prepare(cfg: DatasetConfig) -> Corpus | Path:
     report_corpus(c)
     return c
 
+# %% ../nbs/02_dataset.ipynb #6a8b0b98
 def main() -> None:
     "`python -m nanochat.dataset SOURCE [--max-bytes N]` or `repackage SOURCE --out NAME`; the source may also be given as `--source`."
     args = sys.argv[1:]
