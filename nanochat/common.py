@@ -68,6 +68,7 @@ class Ranks:
         "True in the one process that prints and writes shared files."
         return self.rank == 0
 
+# %% ../nbs/00_common.ipynb #a80e1ec4
 def get_ranks() -> Ranks:
     "Ranks from torchrun's environment: `RANK`, `LOCAL_RANK`, `WORLD_SIZE`; alone if they are not set."
     return Ranks(*(int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))))
@@ -116,6 +117,7 @@ def _disk_error(e: OSError, path: Path) -> Exception:
     why = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used up', errno.EROFS: 'the disk is read-only', errno.EACCES: 'permission denied'}.get(e.errno)
     return UserError(f'cannot write {path.name}: {why}. Free some space or set NANOCHAT_BASE_DIR to another disk; nothing was changed') if why else e
 
+# %% ../nbs/00_common.ipynb #4bcd059b
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
     "Yield a temporary path to write to. On success it is synced and renamed to `path`; on any error it is removed and `path` is untouched."
@@ -176,6 +178,7 @@ def require_space(path: Path | str, nbytes: int) -> None:
     if free < nbytes:
         raise UserError(f'this needs {human(nbytes, "B")} of disk and only {human(free, "B")} are free; free some space or set NANOCHAT_BASE_DIR to another disk')
 
+# %% ../nbs/00_common.ipynb #c58e7629
 def require_folder(path: Path | str) -> None:
     "Raise `UserError` unless a folder can be made at `path`, or is there; tries it with a temporary one beside, and leaves nothing behind."
     path = Path(path)
@@ -211,6 +214,7 @@ def json_clean(x: Any) -> Any:
     if isinstance(x, dict): return {k: json_clean(v) for k, v in x.items()}
     return [json_clean(v) for v in x] if isinstance(x, (list, tuple)) else x
 
+# %% ../nbs/00_common.ipynb #841fee4f
 def append_jsonl(path: Path | str, obj: dict) -> None:
     "Append one JSON object as a line of pure ASCII, so that no character of a text can end the line. Floats that JSON cannot hold become null."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +226,7 @@ def _ends_with_newline(f) -> bool:
     f.seek(-1, os.SEEK_END)
     return f.read(1) == b'\n'
 
+# %% ../nbs/00_common.ipynb #3fc9b6a2
 def read_jsonl(path: Path | str) -> list[dict]:
     "All whole lines of a JSON-lines file; a line torn by a crash is left out. An absent file is an empty list."
     rows = []
@@ -297,6 +302,7 @@ def git_commit() -> str | None:
         return head.stdout.strip() + ('-dirty' if run('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
     except OSError: return None
 
+# %% ../nbs/00_common.ipynb #ba84ec52
 def peak_memory_bytes(device: torch.device | None = None) -> int:
     "Most memory this process has held so far, in bytes: on the GPU for a CUDA device, else resident memory of the process."
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -334,6 +340,7 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is float: return type(value) in (int, float)
     return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
 
+# %% ../nbs/00_common.ipynb #a6dffe7b
 def load_config(cls: type[Config], path: Path | str) -> Config:
     "An instance of the dataclass `cls` with the values of a TOML file. Raises `UserError` for unknown names, wrong types and unreadable files."
     try: values = tomllib.loads(Path(path).read_text(encoding='utf8'))
@@ -346,6 +353,7 @@ def load_config(cls: type[Config], path: Path | str) -> Config:
     if wrong: raise UserError(f"{path} sets {'; '.join(wrong)}")
     return cls(**values)
 
+# %% ../nbs/00_common.ipynb #7d87bb07
 def parse_config(cls: type[Config], args: list[str] | None = None) -> Config:
     "A dataclass from command-line flags, on top of `--config FILE.toml` when given."
     import tyro
