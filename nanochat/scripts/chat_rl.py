@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded', 'merged',
            'policy_gradient', 'chosen_tokens', 'rl_step', 'rate_at', 'evaluate_policy', 'ChatRLConfig', 'with_recipe',
-           'check_settings', 'RLRun', 'one_update', 'due', 'evaluated', 'improve', 'deciding', 'optimizer_of',
-           'updates_within', 'prepare', 'summary', 'chat_rl', 'main']
+           'check_settings', 'RLRun', 'one_update', 'due', 'evaluated', 'take_up', 'improve', 'deciding',
+           'optimizer_of', 'updates_within', 'prepare', 'summary', 'conclude', 'chat_rl', 'main']
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #05953b87
 import dataclasses, functools, json, math, random, time
@@ -125,6 +125,7 @@ def rl_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rollouts: 
     line = dict(loss=loss, reward=reward / n, tokens=tokens, answer_tokens=tokens / n, useful=spread / n, lr=rate)
     return line | (dict(grad_scale=scaler.scale, skipped_steps=scaler.skipped) if scaler.enabled else {})
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #a54887f3
 def rate_at(step: int, num_iterations: int, start: float) -> float:
     "The multiplier of all rates: `start`, falling linearly to 0."
     return start * (1 - step / num_iterations)
@@ -173,6 +174,7 @@ class ChatRLConfig:
     resume: bool = False  # go on with the run that is there, whatever its settings
     fresh: bool = False  # begin again, in place of the run that is there
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #5f3faddf
 RANGES = {**dict.fromkeys('num_iterations examples_per_step max_new_tokens train_size device_batch_size rollout_batch_size eval_problems'.split(), ('1 or more', lambda v: v >= 1)),
           **dict.fromkeys('top_k eval_samples save_every'.split(), ('0 or more', lambda v: v >= 0)),
           **dict.fromkeys('init_lr_frac embedding_lr unembedding_lr matrix_lr scalar_lr'.split(), ('a number from 0 up', lambda v: 0 <= v < math.inf))}
@@ -183,6 +185,7 @@ def with_recipe(cfg: ChatRLConfig) -> ChatRLConfig:
     usual = dict(examples_per_step=16 if hub else 24, init_lr_frac=.05 if hub else .1, **({} if hub else dict(num_iterations=60)))
     return dataclasses.replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #820ae191
 def check_settings(cfg: ChatRLConfig, world_size: int = 1) -> None:
     "Raise `UserError` for settings that cannot work, before any work begins."
     check_tracker(cfg.tracker)
@@ -258,13 +261,20 @@ def evaluated(run: Path, step: int) -> bool:
     "Whether the metrics hold an evaluation of this step: a run may have been killed between saving and evaluating."
     return any(row.get('step') == step and 'eval_reward' in row for row in read_jsonl(run/'metrics.jsonl'))
 
-def improve(r: RLRun) -> float:
-    "Run from the newest checkpoint, or the start, to the last update; returns the seconds spent on updates. Saves before it evaluates."
-    state, cfg, asked = resume(r.run, r.model, r.optimizer), r.cfg, False
+# %% ../../nbs/scripts/06_chat_rl.ipynb #5fb5fbb9
+def take_up(r: RLRun) -> tuple[int, float]:
+    "Load the newest checkpoint, if there is one, into the run's model, optimizer and scaler; how many updates are done, and in how many seconds."
+    state = resume(r.run, r.model, r.optimizer)
     step, seconds = (state.step, state.seconds) if state else (0, 0.0)
     r.scaler = (state.scaler if state else None) or scaler_for(compute_dtype(next(r.model.parameters()).device))
-    if step: print0(f'{r.run.name}: going on after step {step} of {cfg.num_iterations}')
+    if step: print0(f'{r.run.name}: going on after step {step} of {r.cfg.num_iterations}')
     if get_ranks().is_main: trim_metrics(r.run/'metrics.jsonl', step)  # updates after the last checkpoint come again
+    return step, seconds
+
+# %% ../../nbs/scripts/06_chat_rl.ipynb #fbe05bd4
+def improve(r: RLRun) -> float:
+    "Run from the newest checkpoint, or the start, to the last update; returns the seconds spent on updates. Saves before it evaluates."
+    (step, seconds), cfg, asked = take_up(r), r.cfg, False
     if due(step, cfg) and not evaluated(r.run, step): r.evaluate(step)
     r.model.train()
     with StopSignals() as stop, Progress(cfg.num_iterations, 'chat_rl', 'updates') as bar:
@@ -293,6 +303,7 @@ def optimizer_of(model: torch.nn.Module, cfg: ChatRLConfig) -> torch.optim.Optim
         if not cfg.scalar_lr and all(p.numel() < 1024 for p in g['params']) and g['kind'] == 'adamw': g['lr'] = g['initial_lr'] = 0.0
     return optimizer
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #1fd4f23a
 def updates_within(r: RLRun, start: float) -> int:
     "How many updates end `cfg.minutes` after `start` (`time.perf_counter()`), at least 10."
     cfg, ranks, mine = r.cfg, get_ranks(), questions_of(0, r.cfg.examples_per_step, len(r.train_task), r.cfg.seed)
@@ -334,6 +345,17 @@ def summary(r: RLRun, update_seconds: float) -> dict[str, Any]:
                 questions=r.cfg.eval_problems, **pairs, update_seconds=round(update_seconds, 2))
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #75e5c38f
+def conclude(r: RLRun, update_seconds: float, start: float) -> dict[str, Any]:
+    "The result of a run that began at `start` (`time.perf_counter()`): logged, written into the run directory, and said."
+    result = summary(r, update_seconds) | dict(seconds=round(time.perf_counter() - start, 2))
+    if get_ranks().is_main:
+        log_result('chat_rl', result)
+        atomic_write(r.run/'result.json', json.dumps(result, indent=1))
+    print0(f"held-out reward at temperature 0: {result['reward_before']:.3f} -> {result['reward_after']:.3f}; "
+           f"accuracy {result['accuracy_before']:.1%} -> {result['accuracy_after']:.1%}")
+    return result
+
+# %% ../../nbs/scripts/06_chat_rl.ipynb #70d310e8
 def chat_rl(cfg: ChatRLConfig) -> dict[str, Any]:
     "Run the stage, or find it finished; returns held-out reward, accuracy and pass@k before and after. Checkpoints and metrics go to the run directory."
     cfg = with_recipe(cfg)
@@ -347,14 +369,9 @@ def chat_rl(cfg: ChatRLConfig) -> dict[str, Any]:
             return finished(r.run)
         print0(f'chat_rl: {r.cfg.num_iterations} updates on {r.cfg.task}, {r.cfg.examples_per_step} questions x {r.cfg.num_samples} answers each; metrics and checkpoints go to {r.run}')
         with tracking(cfg.tracker, r.run, dataclasses.asdict(r.cfg), f'chatrl-{r.run.name}') as r.tracker: seconds = improve(r)
-        result = summary(r, seconds) | dict(seconds=round(time.perf_counter() - start, 2))
-        if get_ranks().is_main:
-            log_result('chat_rl', result)
-            atomic_write(r.run/'result.json', json.dumps(result, indent=1))
-        print0(f"held-out reward at temperature 0: {result['reward_before']:.3f} -> {result['reward_after']:.3f}; "
-               f"accuracy {result['accuracy_before']:.1%} -> {result['accuracy_after']:.1%}")
-    return result
+        return conclude(r, seconds, start)
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #4401a5da
 def main() -> None:
     "The command line."
     cli(ChatRLConfig, chat_rl)
