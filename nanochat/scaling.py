@@ -83,6 +83,7 @@ def near_divisors(n: int, wanted: int) -> list[int]:
     below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
     return [f(side) for f, side in ((max, below), (min, above)) if side]
 
+# %% ../nbs/07_scaling.ipynb #87308bcf
 def check_batch(total_batch_size: int, device_batch_size: int, seq_len: int, world_size: int = 1) -> int:
     "Micro-steps per optimizer step. Raises `UserError` with the nearest commands that work, if the micro-batch does not divide the batch (tokens)."
     if min(total_batch_size, device_batch_size, seq_len, world_size) < 1:
@@ -281,6 +282,7 @@ class Hardware:
         "What so many hours cost; None if it cannot be said."
         return None if hours is None or self.price is None else hours * self.price
 
+# %% ../nbs/07_scaling.ipynb #b4dc7851
 def rented(key: str, gpus: int = 1, price: float | None = None) -> Hardware:
     "GPUs from the table; `price` per hour of all of them. Raises `UserError` for an unknown name."
     if key not in GPUS: raise UserError(f"the GPU '{key}' is unknown; use one of: {', '.join(GPUS)}")
@@ -301,6 +303,7 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
     idle = min(parts.get('step', 0), parts['activations'] + parts['logits'] + parts.get('casts', 0))
     return {**parts, 'total': sum(parts.values()) - idle}
 
+# %% ../nbs/07_scaling.ipynb #a3b4f05a
 def estimate_memory(config: GPTConfig, device_batch_size: int, dtype: torch.dtype = torch.bfloat16, training: bool = True, world_size: int = 1) -> dict[str, int]:
     """Bytes by kind, and their `total`, of each of `world_size` processes, which share the optimizer's state.
 
@@ -339,6 +342,7 @@ class RunCost:
     hours: float | None
     dollars: float | None
 
+# %% ../nbs/07_scaling.ipynb #954ea72a
 def run_cost(config: GPTConfig, plan: TrainPlan, hardware: Hardware, device_batch_size: int, dtype: torch.dtype = torch.bfloat16,
              fp8: bool = False) -> RunCost:
     "Time, money and memory of a plan on some hardware, with a process for each device."
