@@ -187,6 +187,7 @@ class Bars:
         "The colour, 0 to 3, of each name."
         return {n: i % 4 for i, n in enumerate(dict.fromkeys(n for _, _, shares in self.rows for n in shares))}
 
+# %% ../nbs/15_report.ipynb #ff7310f9
 def bars_svg(bars: Bars) -> str:
     "The bars as an SVG element that takes its colours from the page."
     X, y, out = _scale(0, 1, 130, W - 44), 8, []
@@ -218,6 +219,7 @@ def show(key: str, v: Any) -> str:
     if isinstance(v, str) and re.fullmatch('[0-9a-f]{32,}', v): return v[:12] + ' …'  # a hash
     return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
 
+# %% ../nbs/15_report.ipynb #f9988854
 def _show_number(key: str, v: float) -> str:
     "A number by the unit in its key."
     if re.search(r'bytes?_per_|per_byte', key): return f'{v:.4g}'
@@ -496,6 +498,7 @@ def beside_core(result: dict) -> str:
     scores = {n: s['CORE'] for n, s in (result.get('core_reference') or {}).items() if _number(s.get('CORE'))}
     return ', '.join(f'{n} {v:.3f}' for n, v in [*scores.items()][:1] + [*scores.items()][1:][-1:]) or '0 is chance, 1 perfect'
 
+# %% ../nbs/15_report.ipynb #6c6d4d02
 def key_figures(stages: dict[str, Stage], price: float | None) -> list[tuple[str, str, str]]:
     "What to remember: bpb against the 5-gram, mean task score after each stage, tokens, time, cost."
     ev, total, figures = stages['base_eval'].result, total_seconds(stages), []
@@ -598,6 +601,7 @@ PAGE = '''<!doctype html>
 {% endfor %}</details>{% endif %}{% endfor %}</body></html>
 '''
 
+# %% ../nbs/15_report.ipynb #93400718
 def render_html(report: Report) -> str:
     "The report as one self-contained HTML page; every text in it is escaped."
     import jinja2
