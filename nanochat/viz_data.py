@@ -91,6 +91,7 @@ def curve_svg(values: Sequence[float], at: int, width: int = 640, height: int = 
             f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="2"/><circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLORS[1]}"/>'
             f'<text x="{x + 9:.1f}" y="{max(y - 5, 11):.1f}" font-size="13" font-family="system-ui" fill="{INK}">{values[at]:.2f}</text></svg>')
 
+# %% ../nbs/18_viz_data.ipynb #5a6913e7
 def merges_html(text: str, tokenizer: TextTokenizer, merges: int) -> str:
     "The pieces of a text after so many merges, its numbers, and where on the compression curve this is."
     stops, tokens = merge_stops(merges_in(tokenizer)), tokens_after(text, tokenizer, merges)
@@ -174,6 +175,7 @@ def draw_packing(p: Packed, rows: int = 14) -> Any:
     ax.grid(False); ax.spines['left'].set_visible(False)
     return fig
 
+# %% ../nbs/18_viz_data.ipynb #6be8d814
 def packing_line(p: Packed) -> str:
     "One line of numbers about a packing."
     if p.mode == 'pad': return f'{len(p.rows)} rows, {p.waste:.1%} of all places are padding, {p.lost / sum(p.lengths):.1%} of the tokens lost'
@@ -243,6 +245,7 @@ def bubble(text: str, ours: bool, code: bool = False) -> str:
     font = 'font:13px/1.5 ui-monospace,monospace;opacity:.85' if code else 'font:14px/1.5 system-ui,sans-serif'
     return f'<div style="{look};{font};border-radius:14px;padding:.35em .9em;margin-top:.35em;width:fit-content;max-width:80%;white-space:pre-wrap">{html.escape(text)}</div>'
 
+# %% ../nbs/18_viz_data.ipynb #594154a2
 def spoken(parts: Sequence[dict]) -> list[tuple[str, bool]]:
     "The parts of an answer as (text, whether it is a call): a call of the calculator together with its result."
     out = []
@@ -280,6 +283,7 @@ def in_live_notebook() -> bool:
     started = any(os.environ.get(k) for k in ('JPY_SESSION_NAME', 'VSCODE_PID', 'COLAB_RELEASE_TAG'))
     return started and type(shell).__name__ == 'ZMQInteractiveShell'
 
+# %% ../nbs/18_viz_data.ipynb #a8bc3a88
 class ChatCell:
     "A running chat page and a conversation that stands for it where no kernel is. `close()` ends the server."
     def __init__(self, demo: Any, url: str, fallback: str): self.demo, self.url, self.fallback, self.open = demo, url, fallback, True
@@ -296,6 +300,7 @@ class ChatCell:
             with contextlib.redirect_stdout(io.StringIO()): self.demo.close()
         self.open = False
 
+# %% ../nbs/18_viz_data.ipynb #4f959d4e
 def chat_cell(run: LessonRun, questions: Iterable[str] = QUESTIONS) -> ChatCell:
     "The Gradio chat with a lesson's model, inside the cell. Does not block; ends with `.close()` or with the kernel. Raises `UserError` without gradio."
     from nanochat.demo import build_demo, look
