@@ -102,6 +102,7 @@ def choice_example(rng: random.Random, items: tuple[tuple[str, str], ...]) -> di
     question = render_mc(f'Which of these does this: {sentence}?', LETTERS, choices)
     return {'messages': [user(question), assistant(LETTERS[choices.index(name)])], 'letters': list(LETTERS)}
 
+# %% ../../nbs/tasks/03_pydoc.ipynb #70cde9a7
 def pick_example(rng: random.Random, items: tuple[tuple[str, str], ...]) -> dict:
     "Four names in a list; the answer is a name. `choices` holds them for ranking."
     sentence, name, choices = four_choices(rng, items)
