@@ -113,6 +113,7 @@ def identity_chat(rng: random.Random) -> dict:
     if rng.random() < .5: plan.append(rng.choice(('thanks', 'bye')))
     return {'messages': [m for intent in plan for m in identity_turn(rng, intent)]}
 
+# %% ../../nbs/tasks/04_customjson.ipynb #98e8fd27
 @functools.lru_cache(maxsize=1)
 def identity_conversations() -> tuple[dict, ...]:
     "All identity conversations, the same on every machine: each question alone in all its forms, most also after an opener, and half as many chats of several turns."
