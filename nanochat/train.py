@@ -185,6 +185,7 @@ def as_if_unobserved(model: torch.nn.Module) -> Iterator[None]:
         set_rng_state(rng, device)
         model.train(training)
 
+# %% ../nbs/10_train.ipynb #a66816aa
 def run_hooks(model: torch.nn.Module, hooks: Sequence[Hook], step: int, last: int) -> dict[str, Any]:
     "The values of all hooks that are due, merged."
     due, values = [h for h in hooks if h.due(step, last)], {}
@@ -385,6 +386,7 @@ def iterations_for(seconds: float, step_seconds: float, least: int = 10) -> int:
     dist.all_reduce(t, op=dist.ReduceOp.MIN)
     return int(t)
 
+# %% ../nbs/10_train.ipynb #36af4568
 def steps_within(minutes: float, start: float, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, plan: TrainPlan,
                  evaluate: Callable[[], Any], evaluations: int = 5) -> int:
     "Steps of a run that ends `minutes` after `start` (`time.perf_counter()`), evaluations included, by a rehearsal that spoils the model."
