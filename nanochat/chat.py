@@ -75,6 +75,7 @@ class Sampling:
     max_tokens: int = 256  # longest answer
     top_p: float = 1.0  # 1: off; below, only the likeliest tokens that together have this share
 
+# %% ../nbs/16_chat.ipynb #7c4dde67
 def reply(engine: Any, messages: list[dict], sampling: Sampling = Sampling()) -> Iterator[Answer]:
     "Yield the growing `Answer` to the last user message after each token. `engine`: an `Engine` or a `Scheduler`. Closing the iterator stops it. Raises `UserError`."
     limit = getattr(engine, 'limit', engine.model.config.sequence_len)
