@@ -303,6 +303,7 @@ def config_of(meta: dict[str, Any], name: str = 'the checkpoint') -> GPTConfig:
     settings = ', '.join(f'{k}={shape[k]!r}' for k in unknown)
     raise UserError(f'{name} was trained with settings this package does not know: {settings}; its model would compute something else here')
 
+# %% ../nbs/08_checkpoint_manager.ipynb #cedd3fa2
 def check_vocabulary(tokenizer: RustBPETokenizer, config: GPTConfig, name: str) -> None:
     "Raise `UserError` for a tokenizer with more tokens than the model."
     if (size := tokenizer.get_vocab_size()) <= config.vocab_size: return
@@ -388,6 +389,7 @@ def step_of(path: Path | str | None, step: int | None = None) -> int | None:
     named = re.fullmatch(r'(?:model|meta|step)_(\d+)(?:\.pt|\.json)?', Path(path).name) if path and step is None else None
     return int(named[1]) if named else step
 
+# %% ../nbs/08_checkpoint_manager.ipynb #d881faad
 def results_dir(source: str, run: Path) -> Path:
     "Where a command may write about a run: into it, or, for somebody else's directory, into a folder of our own."
     if source != PUBLIC: return run
@@ -411,6 +413,7 @@ def public_meta(path: Path) -> dict[str, Any]:
     if isinstance(shape, dict) and 'n_layer' in shape: return meta
     raise UserError(f'{path.name} in {path.parent} has no model_config with n_layer; it was not written by nanochat')
 
+# %% ../nbs/08_checkpoint_manager.ipynb #1680c721
 def public_state(path: Path) -> dict[str, torch.Tensor]:
     "The tensors of a `model_*.pt`, the compiler's prefix removed. Nothing pickled is executed. Raises `UserError`."
     why = lambda e: (str(e).splitlines() or [type(e).__name__])[0][:100]
