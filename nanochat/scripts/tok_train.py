@@ -66,6 +66,7 @@ def bytes_per_token(tokenizer: RustBPETokenizer, texts: Iterable[str], max_chars
     sample = list(limited(texts, max_chars, max_chars, {}))
     return sum(len(t.encode()) for t in sample) / max(1, sum(map(len, tokenizer.encode(sample))))
 
+# %% ../../nbs/scripts/00_tok_train.ipynb #66a977a7
 def train_tokenizer(cfg: TokTrainConfig, corpus: Corpus) -> tuple[RustBPETokenizer, dict[str, Any]]:
     "Read, train, measure: the tokenizer and what is worth recording about it."
     start, seen = time.perf_counter(), {}
@@ -92,6 +93,7 @@ def check(cfg: TokTrainConfig) -> None:
         if getattr(cfg, name) < 1: raise UserError(f"{name} must be at least 1, not {getattr(cfg, name)}; leave out --{name.replace('_', '-')} for the default")
     require_folder(folder_of(cfg))
 
+# %% ../../nbs/scripts/00_tok_train.ipynb #dc370573
 def tok_train(cfg: TokTrainConfig) -> dict[str, Any]:
     "Train and save a tokenizer, unless the same one is there. Returns what was recorded, `skipped` and `directory`. Raises `UserError`."
     check(cfg)
