@@ -121,6 +121,15 @@ def test_output_and_gradients_against_fp32(size):
 
 
 @real
+def test_the_weights_gradient_is_never_rounded_to_16_bits():
+    """It is added up over micro-steps: nothing is lost but the rounding of the two factors."""
+    x, w, g = randn(32, 256).bfloat16(), randn(128, 256, seed=1), randn(32, 128, seed=2).bfloat16()
+    found = gradients(fp8_linear, x, w, g)[2]
+    (a, sa), (b, sb) = quantise(g, E5M2), quantise(x, E4M3)
+    assert error(found, (a.double() * sa).t() @ (b.double() * sb)) < 1e-5
+
+
+@real
 def test_gradients_that_lie_oddly_in_memory():
     """A sum's gradient is one number seen everywhere; a transposed output's has its rows as columns."""
     x, w = randn(32, 128), randn(256, 128, seed=1)
