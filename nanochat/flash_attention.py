@@ -215,6 +215,7 @@ def hub_build_is_here(repo: str = HUB_FA3) -> bool:
     cache = Path(os.environ.get('KERNELS_CACHE') or os.environ.get('HF_HUB_CACHE') or Path(home)/'hub')
     return any((cache/f"{kind}--{repo.replace('/', '--')}"/'snapshots').is_dir() for kind in ('kernels', 'models'))
 
+# %% ../nbs/04_flash_attention.ipynb #9687cd16
 @contextmanager
 def offline() -> Iterator[None]:
     "No request of `huggingface_hub`, and so of `kernels`, leaves the machine."
@@ -310,15 +311,16 @@ class Backend:
         "Whether it computes in this dtype with heads of this size."
         return not self.half or (dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256)
 
+# %% ../nbs/04_flash_attention.ipynb #8348750f
 def installed_kernels(name: str, runs_on: Callable[[torch.device], bool], needs: str, unlimited: int | None = -1, cache: bool = True) -> Backend:
     "The backend of an installed FlashAttention; without a `cache` function of its own it uses `sdpa_with_kvcache`."
     attention = partial(kernel_attention, name=name, unlimited=unlimited)
     return Backend(name, attention, partial(kernel_with_kvcache, name=name) if cache else partial(sdpa_with_kvcache, attend=attention), runs_on, needs, half=True)
 
-# %% ../nbs/04_flash_attention.ipynb #00bccf67
 def _has_fa3() -> bool:
     return has_package('flash_attn_interface') or has_package('kernels') and (asked_for('fa3') or hub_build_is_here())
 
+# %% ../nbs/04_flash_attention.ipynb #cf812d7f
 BACKENDS: list[Backend] = [  # best first
     Backend('blocked', blocked_attention, partial(sdpa_with_kvcache, attend=blocked_attention), lambda device: device.type == 'cpu', 'a CPU'),
     installed_kernels('fa3', lambda device: nvidia(device, 9) and _has_fa3(), 'a Hopper GPU and flash_attn_interface, or the package kernels and its hub build'),
@@ -364,6 +366,7 @@ def probe_attention(attend: Callable, device: torch.device, dtype: torch.dtype, 
         if found: return f'{found} ({Tq} queries, {Tk} keys, window {window})'
     return ''
 
+# %% ../nbs/04_flash_attention.ipynb #af1e065f
 def probe_cache(with_kvcache: Callable, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     "What is wrong with a kernel's cache function, rows at positions of their own, in words; '' for nothing."
     g, lens = torch.Generator().manual_seed(0), torch.tensor([0, 7, 90], dtype=torch.int32, device=device)
