@@ -773,8 +773,8 @@ static float total(const float *p, int n) { float s = 0; for (int i = 0; i < n; 
 
 // the first whose share, with those before it, is above u
 static int pick(const float *p, int n, float u, float top_p) {
-  float sum = 0, most = top_p < 1 ? top_p * total(p, n) : INFINITY;
-  int keep = 0;
+  float sum = p[0], most = top_p < 1 ? top_p * total(p, n) : INFINITY;
+  int keep = 1;  // the best one stays, however small top_p is
   // top-p, best first: what comes after that share of the odds is left out
   while (keep < n && sum < most) sum += p[keep++];
   float until = u * sum;
@@ -916,7 +916,7 @@ class NativePass(NativeTables):
     def _pass(self, ids: Tensor, cache: NativeCache, logits: Tensor | None) -> None:
         "Read ids (B, T) behind what `cache` holds; logits (B, N of the head) of the last, if wanted."
         (B, T), threads = ids.shape, self.pace.threads(ids.numel())
-        ids, work = ids.contiguous(), cache.room(self.lib.work_size(byref(self._model), B * T, threads))
+        ids, work = ids.to(torch.long).contiguous(), cache.room(self.lib.work_size(byref(self._model), B * T, threads))
         job = CPass(addressof(self._model), addressof(cache.c), ids.data_ptr(), B, T, None if logits is None else logits.data_ptr(), work.data_ptr())
         if threads > 1: dismiss_team()
         start = time.perf_counter()

@@ -4,12 +4,13 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.engine import (Engine, KVCache, SlotCache, ToolUse, calculator_text, context_limit, inference_copy, last_logits, next_token_odds, pick, read_prompt, sample_next_token, uniforms)
+from nanochat.engine import (Engine, KVCache, Scheduler, SlotCache, ToolUse, calculator_text, context_limit, inference_copy, last_logits, next_token_odds, pick, read_prompt, sample_next_token, uniforms)
 from nanochat.execution import use_calculator
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, StreamDecoder
@@ -397,7 +398,7 @@ def test_context_limit(make):
 
 
 @pytest.mark.parametrize('kw', [dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1), dict(top_p=0.0), dict(top_p=-.5), dict(top_p=1.5),
-                                dict(top_p=math.nan), dict(max_tokens=-1), dict(max_tokens=0), dict(num_samples=0)], ids=str)
+                                dict(top_p=math.nan), dict(max_tokens=-1), dict(max_tokens=0), dict(max_tokens=math.inf), dict(max_tokens=math.nan), dict(top_k=math.inf), dict(num_samples=0)], ids=str)
 def test_settings_without_meaning_are_refused(kw):
     """In a sentence that names the setting, before the model has run once."""
     model, (name, value), = Scripted(), *kw.items()
@@ -406,6 +407,36 @@ def test_settings_without_meaning_are_refused(kw):
     for begin in (engine.generate, engine.generate_batch, lambda tokens, **kw: engine.generate_many([tokens], **kw)):
         with pytest.raises(UserError, match=rf'^{name} {value} '): begin([1], **kw)
     for fine in (dict(temperature=0), dict(top_k=0), dict(top_p=1.0), dict(top_p=None), dict(max_tokens=None)): engine.generate([1], **fine)
+
+
+@pytest.mark.parametrize('make', [lambda p: np.array(p, dtype=np.uint16), lambda p: np.array(p, dtype=np.int32), lambda p: torch.tensor(p, dtype=torch.int32), tuple,
+                                  lambda p: [np.int32(t) for t in p], lambda p: [torch.tensor(t) for t in p]])
+@pytest.mark.parametrize('in_c', [True, False])
+def test_a_prompt_of_any_kind_of_ints(model, make, in_c):
+    """As token files hold them: the answer is that to a list of Python's ints."""
+    engine, prompt = Engine(model, TOK, in_c=in_c), [5, 200, 7, 9]
+    expected = engine.generate_batch(prompt, max_tokens=6)
+    assert engine.generate_batch(make(prompt), max_tokens=6) == expected and list(engine.generate(make(prompt), max_tokens=6)) == list(engine.generate(prompt, max_tokens=6))
+    with Scheduler(engine) as s: assert list(s.submit(make(prompt), max_tokens=6)) == list(s.submit(prompt, max_tokens=6))
+
+
+@pytest.mark.parametrize('prompt', ['Why?', [1.0, 2.0], [1, None], np.array([.5]), 5])
+def test_a_prompt_that_is_no_list_of_ids_is_refused(model, prompt):
+    with Scheduler(Engine(model, TOK)) as s:
+        for begin in (s.engine.generate, s.engine.generate_batch, s.submit):
+            with pytest.raises(UserError, match='token ids'): begin(prompt, max_tokens=2)
+
+
+@pytest.mark.parametrize('in_c', [True, False])
+@pytest.mark.parametrize('top_k', [None, 20])
+@pytest.mark.parametrize('top_p', [1e-300, 1e-50, 1e-40, 1e-9])
+def test_a_tiny_top_p_leaves_the_best(model, in_c, top_k, top_p):
+    engine = Engine(model, TOK, in_c=in_c)
+    assert engine.generate_batch([1, 2, 3], 2, max_tokens=12, top_p=top_p, top_k=top_k) == engine.generate_batch([1, 2, 3], 2, max_tokens=12, temperature=0)
+
+
+def test_seeds_for_other_prompts_are_refused(model):
+    with pytest.raises(UserError, match='1 seeds for 2 prompts'): Engine(model, TOK).generate_many([[1], [2]], seed=[1])
 
 
 def test_an_empty_prompt_is_refused():

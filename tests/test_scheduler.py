@@ -462,7 +462,8 @@ def test_bad_settings_are_refused_before_any_work(make, kw):
 
 
 def test_no_slots_are_refused():
-    with pytest.raises(UserError, match='0 slots'): Scheduler(engine(), slots=0)
+    for kw in (dict(slots=0), dict(slots=1.5), dict(chunk=0), dict(max_waiting=-1), dict(limit=-5), dict(kept=-1), dict(slots=float('nan'))):
+        with pytest.raises(UserError, match=f'{next(iter(kw))}=.* will not do'): Scheduler(engine(), **kw)
 
 
 def test_finish_reasons(make):
