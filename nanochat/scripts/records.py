@@ -83,6 +83,7 @@ def block(title: str, body: str) -> str:
     "A titled part of a card; `body` is HTML."
     return f'<div style="margin:.4em 0"><small style="opacity:.65">{title}</small><div style="white-space:pre-wrap;overflow-wrap:anywhere">{body}</div></div>'
 
+# %% ../../nbs/scripts/16_records.ipynb #6f533470
 def record_html(record: dict[str, Any]) -> str:
     "A record as an HTML card; transparent, so that it is readable on light and dark pages."
     numbers = record.get('losses') or record.get('odds') or []
@@ -111,6 +112,7 @@ def table_html(records: Sequence[dict[str, Any]], limit: int = 50) -> str:
     head = ''.join(f'<th style="text-align:left">{name}</th>' for name in ('task', 'verdict', 'asked', 'said', 'right is'))
     return f'<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>' + (f'<p>{limit} of {len(records)}</p>' if len(records) > limit else '')
 
+# %% ../../nbs/scripts/16_records.ipynb #96bd4293
 def table_markdown(records: Sequence[dict[str, Any]], limit: int = 50) -> str:
     "The first `limit` records as a Markdown table."
     cell = lambda text: short(text).replace('\\', '\\\\').replace('|', '\\|').replace('<', '&lt;').replace('`', '\\`')
@@ -189,6 +191,7 @@ class RecordsConfig:
     limit: int = 10  # how many to print
     html: str = ''  # write a page with all of them to this file instead
 
+# %% ../../nbs/scripts/16_records.ipynb #50072971
 def show_records(cfg: RecordsConfig) -> list[dict[str, Any]]:
     "Print the records that fit, or write them to a page; returns them."
     where = results_dir(cfg.source, find_run(cfg.source, path=cfg.path or None)) if cfg.path or cfg.source == 'public' else cfg.source
@@ -200,6 +203,7 @@ def show_records(cfg: RecordsConfig) -> list[dict[str, Any]]:
     else: print0('\n\n'.join([record_text(r) for r in found[:cfg.limit]] + [f'{min(cfg.limit, len(found))} of {len(found)} records']))
     return found
 
+# %% ../../nbs/scripts/16_records.ipynb #5ba3a7d2
 def main() -> None:
     "The command line."
     cli(RecordsConfig, show_records)
