@@ -49,6 +49,7 @@ class GPTConfig:
         "Raise `UserError` for a shape that cannot be built."
         for message in problems(self): raise UserError(message)
 
+# %% ../nbs/06_gpt.ipynb #db382aaf
 def problems(c: GPTConfig) -> Iterator[str]:
     "What keeps a shape from being built, in sentences."
     if min(c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.sequence_len) < 1: yield 'layers, heads, vocabulary and sequence length must be at least 1'
@@ -148,6 +149,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
     swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
     return torch.mul(x, torch.cat([cos, cos], dim=-1)).addcmul_(swapped, torch.cat([sin, -sin], dim=-1), value=sign)
 
+# %% ../nbs/06_gpt.ipynb #4ff51cfc
 class _RotateAndNorm(torch.autograd.Function):
     "Rotary embedding, RMS norm and a factor, with their backward."
     @staticmethod
