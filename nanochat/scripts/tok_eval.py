@@ -83,6 +83,7 @@ def head(documents: Iterable[str], max_chars: int) -> str:
         if left <= 0: break
     return '\n'.join(parts)
 
+# %% ../../nbs/scripts/01_tok_eval.ipynb #a584adef
 def compare(texts: dict[str, str], encodings: dict[str, tiktoken.Encoding]) -> dict[str, dict[str, float]]:
     "Bytes per token of each text under each encoding. Raises ValueError when a text does not come back as it was."
     table = {}
