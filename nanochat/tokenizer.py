@@ -260,6 +260,7 @@ def files_of(tokenizer: 'RustBPETokenizer') -> dict[str, str]:
     return {'tokenizer.tiktoken': format_ranks(tokenizer._ranks), 'tokenizer.json': tokenizer.hf.to_str(pretty=False),
             'token_bytes.json': json.dumps(token_lengths(tokenizer)), 'tokenizer_config.json': json.dumps(config, indent=2, ensure_ascii=False)}
 
+# %% ../nbs/01_tokenizer.ipynb #631edb3f
 def save_files(files: dict[str, str], folder: Path) -> None:
     "Write `files` to `folder`: all or nothing, unless it holds other people's files, which stay; then one after another."
     known = {*files, 'tok_train.json'}
