@@ -61,6 +61,7 @@ class Attended:
     out: Tensor
     window: tuple[int, int]
 
+# %% ../nbs/18_viz_model.ipynb #c2995e12
 @torch.inference_mode()
 def attention_inputs(model: GPT, ids: Sequence[int]) -> list[Attended]:
     "An `Attended` per layer, noted while the model reads `ids`."
@@ -128,6 +129,7 @@ class DepthRow:
     hours: float
     dollars: float
 
+# %% ../nbs/18_viz_model.ipynb #9eacbe25
 KINDS_OF_WEIGHT = {'transformer_matrices': 'block matrices', 'lm_head': 'head', 'wte': 'embedding', 'value_embeds': 'value embeddings', 'scalars': 'scalars'}
 
 def depth_row(depth: int, *, vocab_size: int = 32768, sequence_len: int = 2048, window_pattern: str = 'SSSL', ratio: float = 12,
@@ -146,6 +148,7 @@ def column_style(cells: Sequence[str]) -> str:
     side = 'right' if all(re.match(r'[-+±~<>]?[\d.]|(off|n/a|nan|inf|none|-)?$', p, re.I) for p in plain) else 'left'
     return f'text-align:{side};padding:.2em .5em;white-space:{"normal" if max(map(len, plain), default=0) > 40 else "nowrap"}'
 
+# %% ../nbs/18_viz_model.ipynb #278d5ca7
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
     "A table in HTML, one row marked. Cells are taken as HTML."
     styles = [column_style([r[i] for r in rows]) for i in range(len(head))]
@@ -154,6 +157,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: int |
     return (f'<table style="border-collapse:collapse;font:13px/1.5 system-ui,sans-serif"><thead><tr style="border-bottom:1px solid {INK}">'
             f'{line("th", head)}</tr></thead><tbody>{"".join(row(i, r) for i, r in enumerate(rows))}</tbody></table>')
 
+# %% ../nbs/18_viz_model.ipynb #c0b930f6
 def weight_bar(parameters: dict[str, int], width: int = 110) -> str:
     "Parameters by kind as a bar of coloured pieces."
     total = sum(parameters.values())
@@ -238,6 +242,7 @@ def draw_singular(curves: dict[str, Tensor], step: int) -> Any:
     right.set(title='mean distance from 1', xlabel='step', yscale='log', ylim=(3e-3, 1.5))
     return fig
 
+# %% ../nbs/18_viz_model.ipynb #73f81adc
 def singular_stepper(matrix: Tensor | None = None, steps: int = 12) -> Explorer:
     "A slider over the steps of four ways to orthogonalise a matrix (rows, cols), by default one like a gradient. Polar Express stops after its five."
     x = skewed_matrix() if matrix is None else matrix.float()
@@ -259,6 +264,7 @@ def muon_stages(gradients: Sequence[Tensor], momentum: float = .95, beta2: float
     stages = {'gradient': g.float()[None], 'momentum': ahead, 'rows equalised': equal, 'Polar Express': polar, 'norm snapped': snapped, 'variance reduced': update}
     return {k: v[0] for k, v in stages.items()}
 
+# %% ../nbs/18_viz_model.ipynb #809086ce
 @in_style
 def draw_stages(stages: dict[str, Tensor], corner: int = 40) -> Any:
     "A corner of each stage's matrix as a picture, above the singular values of all of it, relative to their mean."
@@ -285,6 +291,7 @@ class Choice:
         "Mean loss of the judged tokens: the score, lower is better."
         return sum(self.losses[self.start:self.end]) / (self.end - self.start)
 
+# %% ../nbs/18_viz_model.ipynb #cee13251
 @dataclass(frozen=True)
 class Dissection:
     "An item with all its prompts. `shared`: tokens that all prompts begin with; prediction and gold as in `core_eval`."
@@ -304,6 +311,7 @@ def token_losses(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.full((1,), math.nan, device=ids.device)
     return torch.cat([first, losses]), torch.cat([torch.isnan(losses[:0].new_zeros(1)), logits.argmax(-1) == ids[1:]])
 
+# %% ../nbs/18_viz_model.ipynb #1a9e22c2
 def dissect(model: Any, tokenizer: Any, bundle: Bundle, task: CoreTask, index: int) -> Dissection:
     "Item `index` of a task, rendered, tokenized and judged as `core_eval` does it, with the loss of every token."
     data = bundle.items(task)
@@ -330,6 +338,7 @@ def token_span(text: str, loss: float | None = None, best: bool = False) -> str:
     return (f'<span title="{loss:.3f} nats" style="display:inline-block;text-align:center;background:{loss_colour(loss)};{line}border-radius:3px;margin:1px;padding:0 3px">'
             f'{text}<br><small style="opacity:.8">{loss:.1f}</small></span>')
 
+# %% ../nbs/18_viz_model.ipynb #8a9d6d6f
 def choice_html(c: Choice, shared: int, name: str, wins: bool, right: bool) -> str:
     "One prompt after its shared beginning: what differs, then the judged tokens, and the verdict."
     between = ''.join(token_span(t) for t in c.tokens[shared:c.start])
@@ -351,6 +360,7 @@ def dissection_html(d: Dissection, context: int = 90) -> str:
             f'{shared} shared tokens, {sum(c.end - c.start for c in d.choices)} judged: <b>{verdict}</b></div>'
             f'<code style="display:block;background:none;opacity:.75;max-height:14em;overflow:auto;margin:.4em 0">{head}</code>{rows}</div>')
 
+# %% ../nbs/18_viz_model.ipynb #15e40038
 def core_dissector(model: Any, tokenizer: Any, bundle: Bundle, items: int = 24) -> Explorer:
     "Choose a task and one of its first items, and see its prompts judged token by token."
     tasks, known = {t.label: t for t in bundle.tasks}, {}
@@ -376,6 +386,7 @@ class StepAssumptions:
     overlap: bool = True           # send a group's gradients while others are still computed
     groups: int = 6                # pieces that communication is cut into
 
+# %% ../nbs/18_viz_model.ipynb #3c70dd31
 @dataclass(frozen=True)
 class StepCosts:
     "Seconds of one rank's work: per micro-step forward and backward, then once reduce-scatter, optimizer, all-gather; and the bytes sent each way."
@@ -402,6 +413,7 @@ def gradient_bytes(config: GPTConfig) -> float:
     n = count_parameters(GPT(config))
     return 4 * (n['total'] - n['wte'] - n['value_embeds']) + 2 * (n['wte'] + n['value_embeds'])
 
+# %% ../nbs/18_viz_model.ipynb #6f2162c5
 def step_costs(depth: int, ranks: int, a: StepAssumptions = StepAssumptions(), vocab_size: int = 32768, sequence_len: int = 2048) -> StepCosts:
     "The costs of one step for a depth on so many ranks."
     config = gpt_config(depth, vocab_size, sequence_len)
@@ -421,6 +433,7 @@ class Span:
     start: float
     end: float
 
+# %% ../nbs/18_viz_model.ipynb #ac0462ef
 def step_spans(c: StepCosts, overlap: bool = True, groups: int = 6, rank: int = 0) -> list[Span]:
     "The events of one step on one rank."
     spans, now = [], 0.
@@ -454,6 +467,7 @@ def draw_lanes(ax: Any, spans: Sequence[Span]) -> None:
     ax.set(yticks=range(len(ranks)), yticklabels=[f'rank {r}' for r in ranks])
     ax.invert_yaxis(); ax.grid(axis='y', visible=False)
 
+# %% ../nbs/18_viz_model.ipynb #c36eb7d2
 @in_style
 def draw_timeline(spans: Sequence[Span], title: str = '', zoom: bool = False) -> Any:
     "A lane per rank; with `zoom`, below it rank 0 from the last backward pass's last tenth to the end of the step."
@@ -472,6 +486,7 @@ def draw_timeline(spans: Sequence[Span], title: str = '', zoom: bool = False) ->
     axes[-1, 0].set_xlabel('milliseconds')
     return fig
 
+# %% ../nbs/18_viz_model.ipynb #4dfbbe43
 def step_summary(spans: Sequence[Span], batch: int) -> str:
     "The step in words: its length, tokens per second, and the share in which the chip waits for the wire."
     end = max(s.end for s in spans)
@@ -512,6 +527,7 @@ class ToyStep:
         "Token ids (rows, sequence_len + 1) of a rank."
         return torch.randint(self.vocab_size, (self.rows, self.sequence_len + 1), generator=torch.Generator().manual_seed(1 + rank))
 
+# %% ../nbs/18_viz_model.ipynb #70e7c02f
 def flatten_all(tensors: Sequence[Tensor], multiple: int = 1) -> Tensor:
     "Tensors laid end to end in fp32, zeros added up to a multiple."
     x = torch.cat([t.detach().float().flatten() for t in tensors])
@@ -563,6 +579,7 @@ def _toy_rank(rank: int, world: int, folder: str, toy: ToyStep) -> None:
     torch.save(dict(spans=spans, params=[p.detach().clone() for p in params]), f'{folder}/rank{rank}.pt')
     dist.destroy_process_group()
 
+# %% ../nbs/18_viz_model.ipynb #ce4861a8
 def measured_step(toy: ToyStep = ToyStep(), ranks: int = 2) -> tuple[list[Span], list[list[Tensor]]]:
     "The spans of one real sharded step on `ranks` processes of this machine, and every rank's parameters after it."
     import torch.multiprocessing as mp
