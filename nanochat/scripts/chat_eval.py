@@ -48,6 +48,7 @@ class TaskSpec:
         "Whether its data comes from the hub."
         return bool(self.data)
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #2c31889e
 TASKS: dict[str, TaskSpec] = {
     'spellingbee': TaskSpec(lambda size, split: SpellingBee(size, split), 0.0),
     'simplespelling': TaskSpec(lambda size, split: SimpleSpelling(size, split), 0.0),
@@ -104,6 +105,7 @@ def gathered(records: list[dict]) -> list[dict]:
         records = [r for part in parts for r in part]
     return sorted(records, key=lambda r: r['index'])
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #a067d84b
 def record(task: Task, index: int, conversation: dict, prompt: str, completion: str, verdict: dict | None = None, **more: Any) -> dict[str, Any]:
     "One marked item: the last question, all that the model read (`prompt`), the right answer, the model's, and the verdict: `correct`, `reward`, perhaps `why`."
     verdict = verdict or task.judge([conversation], [completion])[0]
@@ -126,6 +128,7 @@ def evaluate_task_generative(task: Task, engine: Engine, *, max_problems: int | 
         if bar: bar.update(len(part), correct=f'{accuracy(records):.0%}')
     return gathered(records)
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #2e05a19b
 def accuracy(records: list[dict[str, Any]]) -> float:
     "The share of records marked correct."
     return sum(r['correct'] for r in records) / max(len(records), 1)
@@ -213,6 +216,7 @@ def sample_task(task: Task, engine: Engine, num_samples: int, *, max_problems: i
         if bar: bar.update(len(part))
     return gathered(found)
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #0417cbfe
 def pass_rates(found: list[dict[str, Any]], ks: list[int]) -> dict[str, float]:
     "`pass@k` for every k, and `sampled_reward`: means over the items that `sample_task` gives."
     mean = lambda values: sum(values) / max(len(values), 1)
@@ -267,6 +271,7 @@ class ChatEvalConfig:
     i_understand: bool = False  # run code the model writes for humaneval even where it cannot be isolated
     force: bool = False  # mark again what was marked before
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #42104c8f
 def check_settings(cfg: ChatEvalConfig) -> list[str]:
     "The names of the tasks. Raises `UserError` for settings that cannot work, before any work begins."
     for name in ('max_problems', 'batch_size', 'max_new_tokens'):
@@ -302,6 +307,7 @@ def writes(task: Task) -> bool:
     "Whether a task lets the model write; the others compare answers or letters."
     return task.eval_type == 'generative' and not (len(task) and 'choices' in task[0])
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #a95991f6
 def score_task(name: str, task: Task, engine: Engine, cfg: ChatEvalConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     "Score and records of one task."
     spec, start, sampled = TASKS[name], time.monotonic(), cfg.num_samples > 0 and writes(task)
@@ -314,6 +320,7 @@ def score_task(name: str, task: Task, engine: Engine, cfg: ChatEvalConfig) -> tu
     for r, d in zip(records, drawn): r['samples'] = d['samples']
     return score | dict(seconds=round(time.monotonic() - start, 2)), records
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #f77f6060
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     "All records as lines of JSON, replacing what was there."
     atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
@@ -358,6 +365,7 @@ def chat_eval(cfg: ChatEvalConfig) -> dict[str, Any]:
         if get_ranks().is_main: log_result('chat_eval', result)
     return result
 
+# %% ../../nbs/scripts/07_chat_eval.ipynb #6504bd94
 def main() -> None:
     "The command line."
     cli(ChatEvalConfig, chat_eval)
