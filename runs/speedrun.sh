@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The speedrun: a chat model of GPT-2's quality from nothing, on one machine with 8 H100. Type nbdev_export before it, then:
 #
-#   bash runs/speedrun.sh [--dry-run] [--toy] [--gpus N] [--depth D] [--ratio R] [--shards S] [--device-batch-size B] [--tag NAME] [--questions LIST] [--price P]
+#   bash runs/speedrun.sh [--dry-run] [--toy] [--gpus N] [--depth D] [--ratio R] [--shards S] [--device-batch-size B] [--tag NAME] [--questions LIST] [--precision bf16] [--price P]
 #
 #   --dry-run     print the plan (model, tokens, steps, FLOPs, hours, dollars, memory) and the commands; do nothing
 #   --toy         all of it at toy size on the CPU, with two processes, on the embedded corpus, without downloads: two minutes
@@ -12,6 +12,7 @@
 #   --device-batch-size B   rows per GPU and micro-step (default 16); lower it if memory runs out, the result is the same
 #   --tag NAME    name of the runs (default d24)
 #   --questions LIST   tasks of the last evaluation (default chatcore: arc-easy,arc-challenge,mmlu,gsm8k,humaneval,spellingbee)
+#   --precision P      fp8 (default: pretraining multiplies in fp8 on Ada, Hopper and later GPUs, in bf16 on others) or bf16
 #   --price P     dollars per hour of the whole machine, for the plan and the report
 #
 # Restartable: type it again after Ctrl-C, a crash or a lost machine. Finished stages are recognised and skipped, a download goes on
@@ -22,9 +23,10 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 . runs/_run.sh
 
-depth=24 ratio=8 shards=170 device_batch_size=16 tag='' questions=chatcore
-options "depth ratio shards device_batch_size tag questions" "$@"
+depth=24 ratio=8 shards=170 device_batch_size=16 tag='' questions=chatcore precision=fp8
+options "depth ratio shards device_batch_size tag questions precision" "$@"
 whole depth shards device_batch_size
+[[ $precision =~ ^(fp8|bf16)$ ]] || die "--precision takes fp8 or bf16, not '$precision'"
 tag=${tag:-d$depth}
 corpus=climbmix ids=32768 characters=2000000000 fp8=(--fp8) shape=() length=(--target-param-data-ratio "$ratio") eval=(--eval-tokens 4194304)
 bench=(--core full --eval-tokens 10485760 --device-batch-size "$device_batch_size" --ngram-tokens 0) chats=(--mixture hub --eval-size 200) marks=(--tasks "$questions" --max-problems 100000)
@@ -37,6 +39,7 @@ if [ $toy = 1 ]; then
     [ "$tag" != d24 ] || tag=d1
 fi
 gpus=${gpus:-8}
+[ "$precision" = fp8 ] || fp8=()
 
 packages "$gpus"
 plan "$gpus" --depth "$depth" "${length[@]}" --vocab-size "$ids" --device-batch-size "$device_batch_size" ${shape[@]+"${shape[@]}"} --hardware h100 --stages "$stages" ${fp8[@]+"${fp8[@]}"}

@@ -84,6 +84,14 @@ def test_the_speedrun_is_the_one_of_the_design(dry):
     assert 'chat_web' in dry['speedrun'].splitlines()[-1] and words['scripts.base_train'].endswith('--fp8') and 'fp8 is used' in dry['speedrun']
 
 
+def test_a_speedrun_without_fp8(warm, tmp_path):
+    """bf16 for those who ask, and a sentence for what is neither."""
+    said = good(run(warm, tmp_path/'base', 'runs/speedrun.sh --dry-run --precision bf16'))
+    assert '--fp8' not in said and 'fp8 is' not in said
+    done = run(warm, tmp_path/'base', 'runs/speedrun.sh --dry-run --precision fp4')
+    assert done.returncode == 2 and "--precision takes fp8 or bf16, not 'fp4'" in done.stderr
+
+
 def test_the_series_are_those_of_the_design(dry):
     tags = lambda name: [a[a.index('--model-tag') + 1] for _, m, a in commands(dry[name]) if m == 'scripts.base_train']
     assert tags('miniseries') == [f'mini_d{d}' for d in range(12, 27, 2)]
