@@ -115,6 +115,7 @@ def pack(x: Any, keep: Callable[[Any], dict] | None = None) -> Any:
     if keep is None: raise TypeError(f'{type(x).__name__} cannot be sent')
     return keep(x)
 
+# %% ../nbs/20_grade.ipynb #199f9469
 class Counted(dict):
     "A dict that counts how often it is asked: the cost of an algorithm in look-ups, not in seconds."
     asked = 0
@@ -150,6 +151,7 @@ def send(fd: int, message: dict) -> None:
     data = len(data).to_bytes(4, 'big') + data
     while data: data = data[os.write(fd, data):]
 
+# %% ../nbs/20_grade.ipynb #2cbaed63
 def receive(fd: int, deadline: float | None = None) -> dict:
     "Read one frame. Raises `TimeoutError` after `deadline` (of `time.monotonic()`), `Gone` at the end or for nonsense."
     size = int.from_bytes(_read(fd, 4, deadline), 'big')
@@ -191,6 +193,7 @@ def _described(error: BaseException) -> dict:
     except BaseException: text = ''
     return dict(error=type(error).__name__, message=text[:500], where=_where(error))
 
+# %% ../nbs/20_grade.ipynb #4ea832ab
 def run_cell(number: int, source: str, namespace: dict) -> dict | None:
     "Run one cell as Jupyter would, up to the statement that fails; an import that fails does not stop it. What failed, or None."
     failed = None
@@ -256,6 +259,7 @@ def guest_call(guest: Guest, request: dict) -> dict:
     if request['after']: reply['after'] = pack(args, guest.keep)
     return reply
 
+# %% ../nbs/20_grade.ipynb #b0d13261
 def alarm(seconds: float) -> None:
     "End this process after so many more seconds of processor time; 0: no longer. A busy machine does not count against a student."
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -270,6 +274,7 @@ def guest_serve(guest: Guest, seconds: float) -> None:
         alarm(0)
         send(guest.fd, reply)
 
+# %% ../nbs/20_grade.ipynb #6f7a1e90
 def guest_main(fd: int, cells: list[str], skip: list[int], seconds: float) -> None:
     "Run the cells, saying before each which one comes, and serve."
     guest, failed = Guest(fd), {}
@@ -331,6 +336,7 @@ def _wall_in(fd: int, limits: Limits) -> None:
         send(fd, dict(refuse=notes))
         os._exit(1)
 
+# %% ../nbs/20_grade.ipynb #55e51260
 def _limit_memory(limits: Limits) -> None:
     "A soft bound on memory for a student's own machine, where the system has one."
     import resource
@@ -354,6 +360,7 @@ def _child(fd: int) -> None:
     except BaseException as e: send(fd, dict(broken=_described(e)))
     os._exit(0)
 
+# %% ../nbs/20_grade.ipynb #be909155
 def _nursery(fd: int) -> None:
     "Import once, fork for every guest that is asked for, end guests on request. Ends when the pipe closes."
     control = socket.socket(fileno=fd)
@@ -371,6 +378,7 @@ def _nursery(fd: int) -> None:
             control.sendall(b'%20d' % pid)
         else: control.sendall(b'%20d' % _end(int(message)))
 
+# %% ../nbs/20_grade.ipynb #02602d19
 def _end(pid: int) -> int:
     "Kill a guest with its whole group and wait for it."
     try: os.killpg(pid, signal.SIGKILL)
@@ -428,6 +436,7 @@ class Reply:
     grads: list | None = None
     after: list | None = None
 
+# %% ../nbs/20_grade.ipynb #c4e3663a
 @dataclass(frozen=True)
 class Remote:
     "An object that stayed with the student: methods are called over the pipe, `get` reads an attribute."
@@ -508,6 +517,7 @@ def serve_asks(student: Student) -> dict:
         send(student.fd, reply)
     return message
 
+# %% ../nbs/20_grade.ipynb #e85a0d62
 def read_reply(student: Student, name: str, message: dict) -> Reply:
     "The reply in a message; raises `StudentError` for an exception over there."
     if 'error' in message:
@@ -533,6 +543,7 @@ def request(self: Student, name: str, *args: Any, object: int | None = None, get
         self.close()
         raise _ended(name, time.monotonic() - began, self.limits, e) from None
 
+# %% ../nbs/20_grade.ipynb #c8cc5c6e
 def _ended(name: str, seconds: float, limits: Limits, e: Exception) -> StudentError:
     "What to say of a call that the guest did not survive."
     if seconds >= limits.call_seconds: return StudentError('time', f'{name} was still running after {limits.call_seconds:g} s: an endless loop, or work that grows too fast')
@@ -557,6 +568,7 @@ def _need_pytest() -> Any:
     except ImportError: raise UserError("the assignments are tested with pytest, which is not installed; type: pip install pytest") from None
     return pytest
 
+# %% ../nbs/20_grade.ipynb #16fed1fe
 def _row(item: Any, error: BaseException | None) -> Row:
     "The row of a test that has run."
     mark = item.get_closest_marker('points')
@@ -633,6 +645,7 @@ class Grade:
 
     def __str__(self) -> str: return '\n'.join(grade_lines(self))
 
+# %% ../nbs/20_grade.ipynb #fcb22b9e
 def _constants(path: Path) -> dict[str, Any]:
     "TITLE and EXERCISES of a test file, read without running it."
     tree = ast.parse(path.read_text(encoding='utf8'))
@@ -708,6 +721,7 @@ def _guess(weights: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     embed, hidden, out = weights
     return torch.nn.functional.cross_entropy(torch.relu(embed[rows[:, :-1]].flatten(1) @ hidden) @ out, rows[:, -1])
 
+# %% ../nbs/20_grade.ipynb #6407561c
 def race(settings: dict, seed: int = 0) -> float:
     "Train with these settings within the budget; bits per letter on text held out. A tenth of a second."
     s, rng, ids = check_race(settings), torch.Generator().manual_seed(seed), race_text()
@@ -736,6 +750,7 @@ def result_of(grade: Grade, path: Path, seed: int = 0) -> dict:
     return dict(assignment=grade.assignment, title=grade.title, points=got, of=possible, exercises=exercises, tests=[asdict(r) for r in grade.rows],
                 broken_cells=grade.broken_cells, notebook=path.name, sha256=sha256_file(path), seed=seed, versions=versions, graded_at=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
+# %% ../nbs/20_grade.ipynb #23a1486f
 def grade_for_student(name: str, path: Path | None = None, limits: Limits = Limits(), seed: int = 0) -> Grade:
     "Grade a student's own notebook, print the table, write the result file."
     path = path or find_one(assignments_dir(), name)
@@ -765,6 +780,7 @@ def _same(name: str, path: Path, seed: int) -> dict[str, str]:
     if path.is_symlink() or path.stat().st_size > MAX_NOTEBOOK: return dict(sha256='', tests='', seed=str(seed))
     return dict(sha256=sha256_file(path), tests=tests_hash(name)[:16] if name in assignment_names() else '', seed=str(seed))
 
+# %% ../nbs/20_grade.ipynb #4af1bf15
 def grade_row(student: str, name: str, path: Path, folder: Path, nursery: Nursery, limits: Limits, seed: int) -> dict[str, str]:
     "One row of the table. A submission that cannot be graded is a row with a remark."
     row = dict(student=student, assignment=name, file=path.relative_to(folder).as_posix(), points='', of='', remark='') | _same(name, path, seed)
