@@ -62,6 +62,7 @@ def held_out_ids(tokenizer: RustBPETokenizer, corpus: Corpus, B: int, T: int, to
     finally: close(loader)
     return torch.cat(rows).flatten().numpy().astype(np.int32)
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #f069f42d
 def training_ids(tokenizer: RustBPETokenizer, corpus: Corpus, limit: int, batch: int = 256) -> np.ndarray:
     "Up to `limit` ids of the training text, each document after a BOS, flat int32."
     found, count, texts = [], 0, iter(corpus.documents('train'))
@@ -86,6 +87,7 @@ def core_tasks(cfg: BaseEvalConfig) -> list[str]:
     "The chosen tasks' names; empty for all."
     return [n.strip() for n in cfg.core_tasks.split(',') if n.strip()]
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #9eb7cc5a
 def core_bundle(cfg: BaseEvalConfig) -> Bundle | None:
     "The tasks to evaluate. None if there are to be none, or if nothing was said and the corpus is too short for core-mini."
     core = which_core(cfg)
@@ -122,6 +124,7 @@ def core_result(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle,
                 core_reference={model: {label: s[1] for label, s in scores.items()} for model, scores in references(bundle).items()},
                 core_seconds=r['seconds'], core_folder=folder.name)
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #5d72a0f2
 def core_line(r: dict[str, Any]) -> str:
     "The CORE entries of a result in one line."
     name = {'full': 'CORE', 'mini': 'CORE-mini'}[r['core']] + ('' if r['core_complete'] else f" of {len(r['core_accuracy'])} tasks")
@@ -144,6 +147,7 @@ class HFTokenizer:
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']
         return rows if prepend is None else [[prepend, *ids] for ids in rows]
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #a5f1f665
 def load_hf(name: str, device: torch.device, trust: bool = False) -> tuple[Any, HFTokenizer]:
     "A causal language model of `transformers` and its tokenizer, in the compute dtype of the device. Raises `UserError`."
     try: from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,6 +167,7 @@ def evaluate_hf(cfg: BaseEvalConfig, device: torch.device) -> dict[str, Any]:
     print0(core_line(result))
     return result
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #0ea6c7b5
 def bench(cfg: BaseEvalConfig, model: Any, tokenizer: Any, bundle: Bundle | None, device: torch.device) -> dict[str, Any]:
     "Compare batched with one-at-a-time scoring; returns the rows of the table that it prints."
     if bundle is None: raise UserError('--core-bench needs tasks; leave --core none out, or give a longer corpus')
@@ -204,6 +209,7 @@ def check_settings(cfg: BaseEvalConfig) -> None:
     if cfg.core_tokens < 0: raise UserError('core_tokens is a number of tokens; give 256 or more, or 0 for what suits the device')
     which_core(cfg)
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #2727539c
 def text_scores(cfg: BaseEvalConfig, model: Any, tokenizer: RustBPETokenizer, corpus: Corpus) -> dict[str, float]:
     "`val_bpb`, `train_bpb` and the rival's."
     T, ranks = model.config.sequence_len, get_ranks()
@@ -231,6 +237,7 @@ def evaluate_checkpoint(cfg: BaseEvalConfig, device: torch.device) -> dict[str, 
     if core: print0(core_line(core))
     return result
 
+# %% ../../nbs/scripts/03_base_eval.ipynb #b18ab595
 def base_eval(cfg: BaseEvalConfig) -> dict[str, Any]:
     "Evaluate a checkpoint: `val_bpb`, `train_bpb`, `ngram_bpb`, `core_metric`, samples; or a HuggingFace model. Raises `UserError` if there is no such model."
     check_settings(cfg)
