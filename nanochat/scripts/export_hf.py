@@ -52,6 +52,7 @@ def special_token_ids(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     end = tokenizer.encode_special('<|assistant_end|>')
     return dict(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=end)
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #f4606bb6
 def shape_of(config: GPTConfig) -> dict[str, Any]:
     "The entries of `config.json` that every transformer has."
     return dict(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
@@ -80,6 +81,7 @@ def idle(option: str, state: dict[str, torch.Tensor]) -> bool:
     if option == 'layer_scalars': return bool((state['resid_lambdas'] == 1).all()) and zero('x0_lambdas')
     return zero({'value_embeds': 'value_embeds.', 'smear': 'smear_lambda', 'backout': 'backout_lambda'}[option])
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #96b8f992
 def obstacles(config: GPTConfig, state: dict[str, torch.Tensor]) -> list[str]:
     "The flags of `base_train` that this model was not trained with, and would have to be to be transformers' own NanoChat."
     found = [f"--no-{option.replace('_', '-')}" for option in PARTS if getattr(config, option) and not idle(option, state)]
@@ -177,6 +179,7 @@ ELSEWHERE = {
   calls), gated value embeddings, scalars per layer, backout, a window per layer, norms of q and k after the rotary positions,
   squared ReLU and softcapped logits."""}
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #b4771079
 def facts(config: GPTConfig, parameters: int, meta: dict[str, Any], origin: str) -> str:
     "The rows of the model card's table."
     rows = {'parameters': human(parameters), 'layers': config.n_layer, 'width': config.n_embd,
@@ -247,6 +250,7 @@ def check_folder(folder: Path, force: bool) -> None:
     except (OSError, ValueError, AttributeError): known = False
     if not known: raise UserError(f'{folder} holds something else than an earlier export; give another --out, or --force to replace it')
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #cace5502
 def converses(cfg: ExportConfig, run: Path, tokenizer: RustBPETokenizer) -> bool:
     "Whether a model was trained to chat, as far as its place says: base models continue texts."
     return set(SPECIAL_TOKENS) <= tokenizer.get_special_tokens() and cfg.source != 'base' and run.parent.name != PHASES['base']
@@ -272,6 +276,7 @@ def write_export(folder: Path, weights: dict[str, torch.Tensor], texts: dict[str
         write_weights(part/'model.safetensors', weights)
         for name, text in texts.items(): (part/name).write_text(text, encoding='utf8')
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #03c8011c
 def read_checkpoint(cfg: ExportConfig) -> tuple[Path, Checkpoint, GPTConfig, RustBPETokenizer]:
     "The run's directory, its tensors as they are stored, its shape, its tokenizer. Raises `UserError`."
     run = find_run(cfg.source, cfg.model_tag, cfg.path)
@@ -297,6 +302,7 @@ def export_hf(cfg: ExportConfig) -> dict[str, Any]:
     print(f"{folder}: {human(parameters)} parameters, {human(nbytes, 'B')}; load it with AutoModelForCausalLM.from_pretrained('{folder}'{code})")
     return dict(folder=str(folder), native=cfg.native, parameters=parameters, bytes=nbytes, step=found.meta['step'], dtype=cfg.dtype)
 
+# %% ../../nbs/scripts/12_export_hf.ipynb #cbfa251a
 def main() -> None:
     "The command line."
     cli(ExportConfig, export_hf)
