@@ -78,7 +78,7 @@ def fp8_candidates(model: nn.Module) -> list[Linear]:
 
 # %% ../nbs/14_fp8.ipynb #f2987742
 def convert_to_fp8(model: nn.Module) -> int:
-    "Let every layer that qualifies train in fp8, in place; returns how many. Weights, state-dict keys and the optimizer's groups stay as they are. Do it before `torch.compile`."
+    "Let every layer that qualifies train in fp8, in place; returns how many. Weights, state-dict keys and optimizer groups stay. Do it before `torch.compile`."
     layers = fp8_candidates(model)
     for m in layers: m.__class__ = Fp8Linear
     return len(layers)
@@ -105,7 +105,8 @@ def supports_fp8(device: torch.device | str) -> tuple[bool, str]:
 
 def cpu_supports_fp8() -> tuple[bool, str]:
     "`supports_fp8` for a CPU."
-    if os.environ.get('NANOCHAT_FP8_CPU') != '1': return False, 'a CPU only imitates fp8, far slower than it computes in bf16; to do so all the same, for a test, set NANOCHAT_FP8_CPU=1'
+    slow = 'a CPU only imitates fp8, far slower than it computes in bf16; to do so all the same, for a test, set NANOCHAT_FP8_CPU=1'
+    if os.environ.get('NANOCHAT_FP8_CPU') != '1': return False, slow
     one = quantise(torch.ones(16, 16), E4M3)
     try: product(one, one, torch.float32)
     except (AttributeError, NotImplementedError, RuntimeError): return False, f'PyTorch {torch.__version__} has no fp8 product for CPUs; 2.11 has'

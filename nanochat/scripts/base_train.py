@@ -151,7 +151,8 @@ def check_fp8(cfg: BaseTrainConfig, config: GPTConfig, device: torch.device) -> 
     able, why = supports_fp8(device)
     if not able: raise UserError(f'--fp8 cannot be used here: {why}. Leave out --fp8' + ', and --resume: the run was begun with it' * cfg.resume)
     tokens = cfg.device_batch_size * cfg.sequence_len
-    if tokens % MULTIPLE: raise UserError(f'--fp8 needs a multiple of {MULTIPLE} tokens in a micro-step, not device_batch_size {cfg.device_batch_size} x sequence_len {cfg.sequence_len}; give another or leave out --fp8')
+    if tokens % MULTIPLE: raise UserError(f'--fp8 needs a multiple of {MULTIPLE} tokens in a micro-step, not device_batch_size {cfg.device_batch_size} '
+                                          f'x sequence_len {cfg.sequence_len}; give another or leave out --fp8')
     if not fp8_candidates(GPT(config)): raise UserError(f'no layer of a model of width {config.n_embd} is large enough for --fp8; leave it out, or give a larger --depth')
 
 def prepare(cfg: BaseTrainConfig, device: torch.device, ranks: Ranks) -> Setup:
@@ -242,7 +243,8 @@ def job_for(setup: Setup) -> Job:
         plan=dataclasses.asdict(plan), model_config=dataclasses.asdict(setup.config))
     loop = Loop(save_every=every(cfg.save_every, plan.num_iterations), keep=cfg.keep, peak_flops=peak_flops(setup.device))
     return Job(setup.run, config, setup.tokenizer, model, optimizer, lambda state: training_loader(setup, state), plan, loop, hooks_of(model, setup),
-               dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, fp8=cfg.fp8, plan=dataclasses.asdict(plan), tokenizer=setup.tokenizer.fingerprint()), setup.stored is None, cfg.tracker)
+               dict(depth=cfg.depth, corpus=setup.corpus.name, device_batch_size=cfg.device_batch_size, fp8=cfg.fp8, plan=dataclasses.asdict(plan),
+                    tokenizer=setup.tokenizer.fingerprint()), setup.stored is None, cfg.tracker)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #cea6c140
 def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
