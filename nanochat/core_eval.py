@@ -154,6 +154,7 @@ def item_rows(indices: Sequence[int], tokenizer: Any, data: Sequence[dict], task
     ids = iter(tokenizer([p for ps in prompts for p in ps], prepend=tokenizer.get_bos_token_id()))
     return [rows_of([np.array(next(ids), np.int32) for _ in ps], kind, limit) for ps in prompts]
 
+# %% ../nbs/13_core_eval.ipynb #2e1a8784
 def predict_one(idx: int, model: Any, tokenizer: Any, data: Sequence[dict], device: torch.device | str, task_meta: dict[str, Any], limit: int | None = None) -> int:
     "The choice that the model makes for item `idx` alone; for language modelling 1 if it produces the answer, else 0."
     [rows] = item_rows([idx], tokenizer, data, task_meta, limit or context_limit(model))
@@ -178,6 +179,7 @@ class PackedMLP(nn.Module):
         self.fc, self.proj = Packed(mlp.c_fc.weight.detach()), Packed(mlp.c_proj.weight.detach())
     def forward(self, x: Tensor) -> Tensor: return self.proj(self.fc.relu2(x))
 
+# %% ../nbs/13_core_eval.ipynb #da86d403
 class LastBlock(nn.Module):
     "The last block, whose MLP runs at the positions `at` (rows, columns) alone; what it gives elsewhere is of no use."
     def __init__(self, block: nn.Module):
@@ -209,6 +211,7 @@ class Counts:
     tokens: int = 0
     alone: int = 0
 
+# %% ../nbs/13_core_eval.ipynb #671f4c8e
 class Reader:
     """A model ready to score batches of rows. `budget`: tokens per call, by default 4,096 on a CPU and 65,536 elsewhere; `limit`: most tokens of a row.
 
@@ -246,6 +249,7 @@ def judged(reader: Reader, x: Tensor, answers: Sequence[np.ndarray]) -> list[tup
     found = [judge(head(a), b) for a, b in zip(x.split(rows), targets.split(rows))]
     return per_row(*(torch.cat(t) for t in zip(*found)), [len(a) for a in answers])
 
+# %% ../nbs/13_core_eval.ipynb #3732f1ba
 @torch.inference_mode()
 def score_rows(reader: Reader, rows: Sequence[Row]) -> list[tuple[float, float]]:
     "(mean loss, least lead) of each row of one batch."
@@ -260,6 +264,7 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     n = min(common_prefix([r.ids for r in rows]), min(r.start for r in rows)) - 1 if len(rows) > 1 else 0
     return n if n >= SHARE else 0
 
+# %% ../nbs/13_core_eval.ipynb #3296eb19
 @torch.inference_mode()
 def score_shared(reader: Reader, items: Sequence[list[Row]], shared: Sequence[int]) -> list[list[tuple[float, float]]]:
     "(mean loss, least lead) of each row of each item, the first `shared` tokens of an item's rows being read once."
@@ -337,6 +342,7 @@ def from_rank0(value: Any) -> Any:
     dist.broadcast_object_list(box)
     return box[0]
 
+# %% ../nbs/13_core_eval.ipynb #3739957b
 def combine(values: Tensor) -> Tensor:
     "The largest of all ranks' values, element by element."
     if world()[1] == 1: return values
@@ -358,6 +364,7 @@ def predict_all(reader: Reader, tokenizer: Any, data: Sequence[dict], task_meta:
         found += new
     return found
 
+# %% ../nbs/13_core_eval.ipynb #40e4f23f
 def accuracy(predictions: Sequence[int], data: Sequence[dict], kind: str) -> float:
     "The share of right predictions."
     return sum(p == gold_of(x, kind) for p, x in zip(predictions, data, strict=True)) / len(data)
@@ -427,6 +434,7 @@ def line_fault(line: bytes, task: CoreTask) -> str | dict:
     if task.kind != 'language_modeling' and not (isinstance(item['gold'], int) and 0 <= item['gold'] < len(choices)): return f"names the right choice as {item['gold']!r}, of {len(choices)}"
     return item
 
+# %% ../nbs/13_core_eval.ipynb #ad13f360
 def parse_items(raw: bytes, task: CoreTask, where: str) -> list[dict]:
     "The items in a file of JSON lines. Raises `UserError` with the number of a line that is none."
     found = []
@@ -451,6 +459,7 @@ def parse_tasks(core: bytes, meta: bytes, where: str) -> tuple[CoreTask, ...]:
     if strange: raise UserError(f"{where} has tasks of an unknown kind: {', '.join(strange)}; known are {', '.join(KINDS)}")
     return found
 
+# %% ../nbs/13_core_eval.ipynb #741f6099
 def make_bundle(where: str, names: Iterable[str], read: Callable[[str], bytes]) -> Bundle:
     "A bundle of files, its list of tasks read. Raises `UserError` if any that it needs is missing."
     names, again = frozenset(names), 'get the bundle again: python -m nanochat.core_eval --force'
@@ -479,6 +488,7 @@ def open_zip(path: Path) -> Bundle:
     prefix = next((n.removesuffix('core.yaml') for n in inside if n.split('/')[-1] == 'core.yaml'), '')
     return make_bundle(str(path), (n.removeprefix(prefix) for n in inside), read)
 
+# %% ../nbs/13_core_eval.ipynb #5c0fd0f8
 def open_bundle(path: Path | str | None = None) -> Bundle:
     "The bundle in a folder or zip; by default `eval_bundle` or `eval_bundle.zip` in the base directory. Raises `UserError` with the command that gets it."
     places = [Path(path).expanduser()] if path else [base_dir()/'eval_bundle', base_dir()/'eval_bundle.zip']
@@ -493,6 +503,7 @@ class BundleConfig:
     url: str = URL  # where it lies
     force: bool = False  # download again what is there
 
+# %% ../nbs/13_core_eval.ipynb #f8a42871
 def download(url: str, path: Path) -> None:
     "Save what is at `url`, all of it or nothing. Raises `UserError` when it cannot be had."
     try:
@@ -505,6 +516,7 @@ def download(url: str, path: Path) -> None:
             open_zip(tmp)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as e: raise UserError(f'cannot download {url} ({getattr(e, "reason", e)}); check the connection, or copy the file to {path}') from e
 
+# %% ../nbs/13_core_eval.ipynb #fe63fad2
 def fetch_bundle(cfg: BundleConfig) -> Path:
     "Download the bundle unless it is there; returns its path."
     path = base_dir()/'eval_bundle.zip'
@@ -538,6 +550,7 @@ def mini_next_line(texts: Sequence[str], rng: random.Random) -> Iterator[dict]:
         near = [x for x in lines[max(0, rank[line] - 20):rank[line] + 21] if x != line and x not in head]
         if len(near) >= 3: yield with_gold(dict(query=head), line, rng.sample(near, 3), rng)
 
+# %% ../nbs/13_core_eval.ipynb #39555d19
 def mini_docstring(texts: Sequence[str], rng: random.Random) -> Iterator[dict]:
     "The head of a function, and four docstrings."
     found = {m[1]: m[2] for _, m in windows(texts, r'(?m)^ *(def [a-z]\w{3,}\([^()\n]*\)):\n\s+[ru]?"""\s*([A-Z][^"\n]{15,90})', rng)}
@@ -606,6 +619,7 @@ class TaskResult:
     seconds: float
     predictions: list[int] = field(default_factory=list, repr=False)
 
+# %% ../nbs/13_core_eval.ipynb #a6ca94ba
 class TaskFiles:
     "Where a task's result is kept, and the chunks of one that is not finished; nowhere if `folder` is None. Only rank 0 reads and writes."
     def __init__(self, folder: Path | None, task: CoreTask):
@@ -684,6 +698,7 @@ def evaluate_core(model: Any, tokenizer: Any, bundle: Bundle, device: torch.devi
             found.append(run_task(reader, tokenizer, bundle.items(t)[:cut], t, folder, lambda n: bar.update(n * cost, task=label), skip))
     return summary(found, reader, bundle)
 
+# %% ../nbs/13_core_eval.ipynb #08b36578
 def summary(found: Sequence[TaskResult], reader: Reader, bundle: Bundle) -> dict[str, Any]:
     "All tasks' results in one dict; `core_metric` is the mean of the centred ones."
     by = lambda name: {r.label: getattr(r, name) for r in found}
@@ -699,6 +714,7 @@ def references(bundle: Bundle) -> dict[str, dict[str, tuple[float | None, float]
         found[name.removeprefix('openai-community-').removesuffix('.csv')] = {r[0]: (float(r[1]) if r[1] else None, float(r[2])) for r in rows if len(r) > 2}
     return dict(sorted(found.items(), key=lambda kv: kv[1].get('CORE', (None, 0.))[1]))
 
+# %% ../nbs/13_core_eval.ipynb #6894c9c5
 def core_csv(result: dict[str, Any], bundle: Bundle) -> str:
     "A table with a row per task and one for CORE: items, accuracy, centred score, and GPT-2's centred scores beside it."
     beside, out = references(bundle), io.StringIO()
@@ -724,6 +740,7 @@ def core_figure(result: dict[str, Any], bundle: Bundle, name: str = 'this model'
     ax.invert_yaxis(); ax.axvline(0, color='black', lw=.5); ax.legend(fontsize=7)
     return fig
 
+# %% ../nbs/13_core_eval.ipynb #caeb8941
 def save_tables(result: dict[str, Any], bundle: Bundle, folder: Path, name: str) -> None:
     "Write `core.csv` and `core.svg` into a folder."
     atomic_write(folder/'core.csv', core_csv(result, bundle))
@@ -743,6 +760,7 @@ def bench_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreT
     return dict(task=task.label, items=n, of=len(data), plain_s=(end - middle) / n, batched_s=(middle - start) / n, differ=sum(a != b for a, b in zip(fast, plain)),
                 plain_tokens=sum(max(ls) * len(ls) for ls in lengths) / n, batched_tokens=(reader.counts.tokens - before[1]) / n, plain_calls=1., batched_calls=(reader.counts.calls - before[0]) / n)
 
+# %% ../nbs/13_core_eval.ipynb #3f61c6bd
 def core_bench(model: Any, tokenizer: Any, bundle: Bundle, device: torch.device | str, *, tasks: Sequence[str] = (), items: int = 32, budget: int | None = None) -> list[dict[str, Any]]:
     "`bench_task` for each task, and last the whole bundle, every task weighed with its number of items."
     reader, rows = Reader(model, device, tokenizer.get_vocab_size(), budget), []
