@@ -7,7 +7,7 @@ __all__ = ['INCIDENTAL', 'SIZES', 'MID', 'UNMARKED', 'COUNT', 'SHARE', 'POSITIVE
            'with_mixture', 'items_of', 'mixture', 'held_out', 'Stage', 'Setup', 'inherited_plan', 'tuning_plan',
            'steps_of', 'stored_settings', 'check_settings', 'identity', 'corpus_of', 'chat_questions', 'prepare',
            'build', 'training_loader', 'validation_loss', 'chat_samples', 'hooks_for', 'within_minutes', 'job_for',
-           'summary', 'tune', 'MidTrainConfig', 'mid_train', 'main']
+           'summary', 'conclude', 'tune', 'MidTrainConfig', 'mid_train', 'main']
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #b6c06b29
 import dataclasses, json, math, time
@@ -95,6 +95,7 @@ def with_mixture(cfg: TuneConfig, corpus: str | None) -> TuneConfig:
                         f"give --mixture offline, or write the number into the list: {SIZES.get(f, f)}:{getattr(cfg, f)}")
     return dataclasses.replace(cfg, mixture=', '.join(map(str, items)))
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #d6033218
 def items_of(cfg: TuneConfig) -> list[Item]:
     "The entries of the mixture. Raises `UserError` when it is empty, and for a negative size."
     for name in (*SIZES, 'identity'):
@@ -176,6 +177,7 @@ def stored_settings(cfg: TuneConfig, run: Path) -> TuneConfig:
     kept = {k: stored[k] for k in decisive(cfg, INCIDENTAL) if k in stored and k not in UNMARKED}
     return dataclasses.replace(cfg, **kept, **{k: v if stored.get(k) is None else stored[k] for k, v in UNMARKED.items()})
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #6f44778e
 COUNT, SHARE, POSITIVE = ('1 or more', lambda v: v >= 1), ('0 to 1', lambda v: 0 <= v <= 1), ('a number above 0', lambda v: 0 < v < math.inf)
 RANGES = {**dict.fromkeys(('num_iterations', 'device_batch_size', 'total_batch_size', 'keep', 'eval_size'), COUNT), 'warmdown_ratio': SHARE,
           **dict.fromkeys(('epochs', 'minutes', 'rate'), POSITIVE), **dict.fromkeys((*SIZES, 'identity'), ('0 or more', lambda v: v >= 0)),
@@ -191,6 +193,7 @@ def check_settings(cfg: TuneConfig, stage: Stage) -> None:
     check_tracker(cfg.tracker)
     if cfg.chatcore_tasks: task_names(cfg.chatcore_tasks)
 
+# %% ../../nbs/scripts/04_mid_train.ipynb #3a4cc48e
 def identity(cfg: TuneConfig, origin: Checkpoint) -> dict[str, Any]:
     "All that decides the result: the settings, and the weights it starts from."
     weights = origin.meta.get('files', {}).get('model.safetensors', {}).get('sha256')
@@ -309,6 +312,18 @@ def summary(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any
                 memory=peak_memory_bytes(setup.device), samples=chat_samples(job.model, setup.tokenizer))
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #8782d241
+def conclude(setup: Setup, job: Job, trained: Any, start: float) -> dict[str, Any]:
+    "The summary of a run that began at `start` (`time.perf_counter()`): logged for the report, written into the run directory, and said."
+    result = summary(setup, job, trained, start)
+    if setup.ranks.is_main:
+        log_result(setup.stage.name, result)
+        atomic_write(setup.run/'result.json', json.dumps(result, indent=1))
+    asked = f", ChatCORE {trained.evals['chatcore']:.3f}" if 'chatcore' in trained.evals else ''
+    print0(f"{setup.run.name}: {trained.evals['val_loss']:.4f} nats per token on held-out conversations{asked} "
+           f"after {human_time(result['seconds'])}, in {setup.run}")
+    return result
+
+# %% ../../nbs/scripts/04_mid_train.ipynb #d1e21a97
 def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
     "Run a tuning stage, or finish what was begun; returns the summary that the report shows. Raises `UserError` before work begins if something is missing."
     start, device = time.perf_counter(), detect_device(cfg.device or None)
@@ -324,14 +339,7 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
                f'loss on {stage.loss_on} tokens, from the {cfg.source} model')
         job = job_for(setup)
         trained = run_job(job, stage.verb, compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)
-        result = summary(setup, job, trained, start)
-        if ranks.is_main:
-            log_result(stage.name, result)
-            atomic_write(setup.run/'result.json', json.dumps(result, indent=1))
-        asked = f", ChatCORE {trained.evals['chatcore']:.3f}" if 'chatcore' in trained.evals else ''
-        print0(f"{setup.run.name}: {trained.evals['val_loss']:.4f} nats per token on held-out conversations{asked} "
-               f"after {human_time(result['seconds'])}, in {setup.run}")
-        return result
+        return conclude(setup, job, trained, start)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #bffb2898
 @dataclass
