@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Config', 'UserError', 'available_devices', 'detect_device', 'cpu_has_bf16', 'compute_dtype', 'Ranks',
-           'get_ranks', 'print0', 'distributed', 'base_dir', 'fsync_path', 'temporary_name', 'atomic_file',
+           'get_ranks', 'print0', 'use_gpu', 'distributed', 'base_dir', 'fsync_path', 'temporary_name', 'atomic_file',
            'atomic_write', 'exchange', 'atomic_dir', 'require_space', 'require_folder', 'sha256_file', 'human',
            'human_time', 'json_clean', 'append_jsonl', 'read_jsonl', 'Progress', 'git_commit', 'peak_memory_bytes',
-           'cpu_name', 'environment', 'fits', 'load_config', 'parse_config', 'cli']
+           'cpu_name', 'environment', 'fits', 'load_config', 'parse_config', 'output_lost', 'cli']
 
 # %% ../nbs/00_common.ipynb #19be7557
-import contextlib, dataclasses, hashlib, json, math, os, platform, shutil, subprocess, sys, tempfile, time, tomllib, types
+import contextlib, dataclasses, errno, hashlib, json, math, os, platform, select, shutil, subprocess, sys, tempfile, time, tomllib, types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,14 +78,21 @@ def print0(*args: Any, **kwargs: Any) -> None:
     if get_ranks().is_main: print(*args, **kwargs)
 
 # %% ../nbs/00_common.ipynb #70510a56
+def use_gpu(device: torch.device, ranks: Ranks) -> None:
+    "Make this process's GPU the current one; nothing to do on other devices. Raises `UserError` where several processes would share one."
+    if device.type != 'cuda': return
+    if ranks.world_size > 1 and device.index is not None: raise UserError(f'with {ranks.world_size} processes each takes its own GPU; give --device cuda, not {device}')
+    if ranks.world_size > 1: torch.cuda.set_device(ranks.local_rank)
+    elif device.index is not None: torch.cuda.set_device(device)
+
 @contextlib.contextmanager
 def distributed(device: torch.device) -> Iterator[Ranks]:
-    "Join torchrun's process group for the length of the block; does nothing for a single process."
+    "Join torchrun's process group for the length of the block; a single process only makes its GPU the current one. Raises `UserError`, see `use_gpu`."
     ranks = get_ranks()
+    use_gpu(device, ranks)
     if ranks.world_size == 1:
         yield ranks
         return
-    if device.type == 'cuda': torch.cuda.set_device(ranks.local_rank)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     try: yield ranks
     finally: dist.destroy_process_group()
@@ -369,10 +376,28 @@ def parse_config(cls: type[Config], args: list[str] | None = None) -> Config:
     return tyro.cli(cls, args=rest, **({} if default is None else {'default': default}))
 
 # %% ../nbs/00_common.ipynb #1b425d5b
-def cli(cls: type[Config], fn: Callable[[Config], Any], args: list[str] | None = None) -> Any:
-    "Run `fn` with a config read from the command line. A `UserError` becomes one sentence and exit code 2, Ctrl-C one line and 130."
+def output_lost() -> bool:
+    "Whether what was printed cannot be written. If so it goes nowhere from now on: Python would report it once more when it ends."
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)): return False  # POLLERR: a pipe that nobody reads
+    except (AttributeError, ValueError): return False  # no stdout, one without a file, or a system without poll
+    except OSError: pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+def cli(cls: type[Config], fn: Callable[[Config], Any], args: list[str] | None = None, stopped: str = 'stopped; what was finished is saved') -> Any:
+    """Run `fn` with a config read from the command line. A `UserError` and a full disk become one sentence and exit code 2, Ctrl-C the line `stopped` and 130.
+
+    When whoever reads the output has gone, as in `| head`, it ends quietly with 141, as a program does that SIGPIPE ends."""
     try: return fn(parse_config(cls, args))
     except UserError as e: message, code = f'error: {e}', 2
-    except KeyboardInterrupt: message, code = 'stopped; what was finished is saved', 130
-    print(message, file=sys.stderr)
+    except KeyboardInterrupt: message, code = stopped, 130
+    except OSError as e:
+        if output_lost() and e.errno == errno.EPIPE: message, code = '', 141
+        elif e.errno == errno.ENOSPC: message, code = f"error: there is no space left{f' for {e.filename}' if e.filename else ''}; free some and start again", 2
+        else: raise
+    if message: print(message, file=sys.stderr)
     raise SystemExit(code)

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'DEFAULTS', 'adamw_state', 'adamw_step', 'nesterov', 'polar_express', 'equilibrate_rows', 'snap_norm',
-           'reduce_variance', 'cautious_step', 'muon_step', 'StackLayout', 'stack_padded', 'adamw_rows', 'can_compile',
-           'polar_dtype', 'checked_group', 'bare', 'MuonAdamWSteps', 'stacked_gradients', 'Pending', 'Collectives',
-           'in_rounds', 'shared_step', 'lengths_of_parts', 'part_of', 'merged_state', 'MuonAdamW']
+           'reduce_variance', 'cautious_step', 'muon_step', 'StackLayout', 'stack_padded', 'adamw_rows',
+           'triton_builds', 'can_compile', 'polar_dtype', 'checked_group', 'bare', 'MuonAdamWSteps',
+           'stacked_gradients', 'Pending', 'Collectives', 'in_rounds', 'shared_step', 'lengths_of_parts', 'part_of',
+           'merged_state', 'MuonAdamW']
 
 # %% ../nbs/05_optim.ipynb #a9a7538b
-import functools, importlib.util
+import functools, importlib.util, os, shutil, sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,9 +143,17 @@ def _compiled_muon_step() -> Any:
     "`muon_step` through torch.compile, made at the first use."
     return torch.compile(muon_step, dynamic=False)
 
+def triton_builds() -> bool:
+    "Whether Triton finds a C compiler (`$CC`, gcc or clang) and Python's headers here. On Windows it brings its own."
+    scheme, cc = sysconfig.get_default_scheme(), os.environ.get('CC')
+    headers = Path(sysconfig.get_path('include', 'posix_prefix' if scheme == 'posix_local' else scheme))
+    return os.name == 'nt' or any(map(shutil.which, [cc] if cc else ['gcc', 'clang'])) and (headers/'Python.h').exists()
+
+@functools.cache
 def can_compile(device: torch.device) -> bool:
-    "Whether the Muon step is compiled on `device`: a CUDA GPU with Triton installed."
-    return device.type == 'cuda' and importlib.util.find_spec('triton') is not None
+    "Whether to compile for `device` where nobody says otherwise: a CUDA GPU of capability 7.0 or more, with Triton and what it builds with."
+    able = device.type == 'cuda' and importlib.util.find_spec('triton') is not None and triton_builds()
+    return able and torch.cuda.get_device_capability(device) >= (7, 0)
 
 def polar_dtype(device: torch.device) -> torch.dtype:
     "Precision of the Polar Express products: bf16 where `compute_dtype` is, else fp32 (fp16 would overflow)."

@@ -259,7 +259,7 @@ GPUS = dict(  # GiB as sold and dollars per hour of one card; the prices are ass
 def gpu_key(name: str) -> str | None:
     "The entry of `PEAK_FLOPS` for a GPU by its full name ('NVIDIA H100 80GB HBM3' is 'h100'); None for what the table lacks."
     words = re.findall(r'[a-z0-9]+', name.lower())
-    if {'ti', 'super', 'laptop', 'd'} & set(words): return None  # cards of other speeds under nearly the same names
+    if {'ti', 'super', 'laptop', 'd', 'mig'} & set(words): return None  # cards of other speeds, and slices of a card (MIG), under nearly the same names
     names = {*words, *map(''.join, zip(words, words[1:]))}       # 'rtx 4090' and 'h100 pcie' are two words each
     return next((k for k in PEAK_FLOPS if k in names), None)
 

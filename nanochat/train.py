@@ -6,9 +6,9 @@
 __all__ = ['Batch', 'all_sum', 'close', 'fetch', 'count_targets', 'accumulate', 'sum_gradients', 'matrix_rate', 'NonFiniteLoss',
            'check_finite', 'TrainState', 'Loop', 'train_step', 'peak_flops', 'utilisation', 'scaling_state',
            'metrics_line', 'trim_metrics', 'Hook', 'as_if_unobserved', 'run_hooks', 'StopSignals', 'TrainResult',
-           'Recorder', 'after_step', 'recorded', 'shown_mfu', 'fit', 'resume', 'load_momentum', 'Job', 'run_job',
-           'checkpoint_bytes', 'going_on', 'decisive', 'every', 'finished', 'rehearse', 'iterations_for',
-           'steps_within']
+           'Recorder', 'after_step', 'recorded', 'shown_mfu', 'fit', 'resume', 'load_momentum', 'Job', 'compiles',
+           'as_run', 'run_job', 'checkpoint_bytes', 'going_on', 'decisive', 'every', 'finished', 'rehearse',
+           'iterations_for', 'steps_within']
 
 # %% ../nbs/10_train.ipynb #24fdcbdd
 import contextlib, dataclasses, json, math, signal, threading, time
@@ -26,6 +26,7 @@ from .dataloader import gather_state
 from .flash_attention import settle_backend
 from .gpt import GPTConfig
 from .grad_scale import GradScaler, scaler_for
+from .optim import can_compile
 from .scaling import PEAK_FLOPS, TrainPlan, apply_schedule, check_batch, gpu_key, model_size
 from .trackers import Tracker, tracking
 
@@ -131,7 +132,7 @@ def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
     sum_gradients(model, optimizer)
     state.scaler.step(optimizer)  # in fp16 an update whose gradients overflowed is left out
     model.zero_grad(set_to_none=True)
-    if p.device.type == 'cuda': torch.cuda.synchronize()
+    if p.device.type == 'cuda': torch.cuda.synchronize(p.device)
     state.step, state.tokens, state.loss, state.loader_state = state.step + 1, state.tokens + int(tokens), loss, loader_state
     state.seconds += time.perf_counter() - start
     return lr, stops > 0
@@ -327,16 +328,25 @@ class Job:
     begin: bool = True  # False: go on with the run that is there
     tracker: str = 'none'  # where the metrics also go, see `trackers`
 
-# %% ../nbs/10_train.ipynb #2fd2c0b9
+# %% ../nbs/10_train.ipynb #4ef702bf
+def compiles(setting: bool | None, device: torch.device) -> bool:
+    "Whether a model is compiled: as asked for; where nothing was asked for, on a GPU for which that can be."
+    return can_compile(device) if setting is None else setting
+
+def as_run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False) -> torch.nn.Module:
+    "What a run takes its steps with: the model, compiled if asked for. The optimizer, where it can, keeps and updates only this rank's part from now on."
+    if hasattr(optimizer, 'share'): optimizer.share()
+    if compiled: settle_backend(model)  # the attention kernel is tried out and chosen before anything is traced
+    return torch.compile(model, dynamic=False) if compiled else model
+
+# %% ../nbs/10_train.ipynb #af832fa5
 def run_job(job: Job, desc: str, compiled: bool = False) -> TrainResult:
     "Open the run, or go on where its newest checkpoint is, and train to the end."
     if job.begin: init_run(job.run, job.config, job.tokenizer, next(job.model.parameters()).device)
-    if hasattr(job.optimizer, 'share'): job.optimizer.share()  # each rank keeps and updates its part of the optimizer's state
+    model = as_run(job.model, job.optimizer, compiled)
     state = resume(job.run, job.model, job.optimizer) or TrainState()
     if state.step: print0(f'{job.run.name}: going on after step {state.step} of {job.plan.num_iterations}')
     print0(f'{desc}: {job.plan.num_iterations} steps of {job.plan.total_batch_size} tokens; metrics and checkpoints go to {job.run}')
-    if compiled: settle_backend(job.model)  # the attention kernel is tried out and chosen before anything is traced
-    model = torch.compile(job.model, dynamic=False) if compiled else job.model
     loader = job.loader(state.loader_state)
     with tracking(job.tracker, job.run, job.config, f'{job.run.parent.name.removesuffix("_checkpoints")}-{job.run.name}') as tracker:
         try: return fit(model, job.optimizer, loader, job.plan, job.loop, run=job.run, meta=job.meta, state=state, hooks=job.hooks, desc=desc, tracker=tracker)
@@ -388,10 +398,10 @@ def iterations_for(seconds: float, step_seconds: float, least: int = 10) -> int:
 
 # %% ../nbs/10_train.ipynb #36af4568
 def steps_within(minutes: float, start: float, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterator, plan: TrainPlan,
-                 evaluate: Callable[[], Any], evaluations: int = 5) -> int:
+                 evaluate: Callable[[], Any], evaluations: int = 5, compiled: bool = False) -> int:
     "Steps of a run that ends `minutes` after `start` (`time.perf_counter()`), evaluations included, by a rehearsal that spoils the model."
     print0(f'measuring the speed of this machine for a budget of {minutes:g} minutes')
-    step = rehearse(model, optimizer, loader, plan)
+    step = rehearse(as_run(model, optimizer, compiled), optimizer, loader, plan)
     before = time.perf_counter()
     evaluate()
     reserve = (evaluations + 1) * (time.perf_counter() - before)
