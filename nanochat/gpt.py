@@ -271,7 +271,7 @@ def head_rows(z: Tensor, targets: Tensor, scale: Tensor | None, buffers: tuple[T
     gradient by the logits, times `scale` (n,) if given. `buffers` are two fp32 tensors like z."""
     s, p = buffers
     torch.mul(s.copy_(z).sigmoid_(), 2 * SOFTCAP, out=p)  # capped logits are 30 s - 15
-    p = p.softmax(1) if z.is_cuda else torch._softmax(p, 1, False, out=p)
+    p = torch._softmax(p, 1, False, out=p) if z.device.type == 'cpu' else p.softmax(1)
     valid, index = targets >= 0, targets.clamp(min=0).unsqueeze(1)
     p_target = p.gather(1, index)                         # at least e^-30 / V: its logarithm is finite
     loss = p_target.log().neg_().squeeze(1) * valid
@@ -280,7 +280,7 @@ def head_rows(z: Tensor, targets: Tensor, scale: Tensor | None, buffers: tuple[T
     torch.ops.aten.sigmoid_backward.grad_input(p, s, grad_input=p)  # p s (1 - s)
     if scale is not None: p.mul_(scale.unsqueeze(1))
     z.copy_(p)
-    if z.is_cuda or not valid.all(): z.masked_fill_(~valid.unsqueeze(1), 0)
+    if z.device.type != 'cpu' or not valid.all(): z.masked_fill_(~valid.unsqueeze(1), 0)
     return loss
 
 # %% ../nbs/06_gpt.ipynb #dc4b5515
@@ -325,8 +325,8 @@ class _SoftcappedLoss(torch.autograd.Function):
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str = 'mean', rows: int | None = None) -> Tensor:
     "`plain_loss` without ever holding all logits: x `(..., C)`, weight `(V, C)`, targets `(...)`, -1 ignored; `rows` positions at a time."
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    if rows is None: rows = 2**27 // len(weight) if x.is_cuda else max(256, 2**21 // len(weight))  # 2M logits, 8 MB in fp32, stay near a CPU's cache
-    counted = None if x.is_cuda else (targets >= 0).nonzero().squeeze(1)  # a GPU would have to wait for their number
+    if rows is None: rows = max(256, 2**21 // len(weight)) if x.device.type == 'cpu' else 2**27 // len(weight)  # 2M logits, 8 MB in fp32, stay near a CPU's cache
+    counted = (targets >= 0).nonzero().squeeze(1) if x.device.type == 'cpu' else None  # a GPU would have to wait for their number
     if counted is None or len(counted) > 0.9 * len(x): return _SoftcappedLoss.apply(x, weight, targets, vocab_size, reduction, rows)
     loss = _SoftcappedLoss.apply(x.index_select(0, counted), weight, targets[counted], vocab_size, reduction, rows)
     return loss if reduction != 'none' else loss.new_zeros(len(x)).index_add(0, counted, loss)

@@ -9,7 +9,7 @@ __all__ = ['INCIDENTAL', 'SWITCHES', 'LATER', 'LENGTHS', 'PROMPTS', 'BaseTrainCo
            'within_minutes', 'job_for', 'summary', 'describe', 'base_train', 'main']
 
 # %% ../../nbs/scripts/02_base_train.ipynb #52212d47
-import dataclasses, json, math, time
+import dataclasses, gc, json, math, time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..report import log_result, show_again
 from ..scaling import PRESETS, TrainPlan, get_preset, gpt_config, plan_training
 from ..tokenizer import RustBPETokenizer, get_tokenizer, token_bytes
 from ..trackers import check_tracker
-from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, peak_flops, run_job, steps_within, utilisation
+from ..train import Hook, Job, Loop, checkpoint_bytes, close, compiles, decisive, every, finished, going_on, peak_flops, run_job, steps_within, utilisation
 
 # %% ../../nbs/scripts/02_base_train.ipynb #a792bd48
 @dataclass
@@ -71,7 +71,7 @@ class BaseTrainConfig:
     tracker: str = 'none'  # where the metrics also go: none, trackio, wandb or mlflow
     save_every: int = 0  # steps between checkpoints; 0: five in the run, -1: only at the end
     keep: int = 2  # checkpoints to keep
-    compile: bool | None = None  # torch.compile; None: on CUDA
+    compile: bool | None = None  # torch.compile; None: on CUDA, where Triton can build
     device: str = ''  # cuda, mps or cpu; empty: the best there is
     resume: bool = False  # go on with the run's own settings, whatever is given here
     fresh: bool = False  # delete the run of that name and begin again
@@ -231,7 +231,9 @@ def by_the_clock(cfg: BaseTrainConfig) -> bool:
 def within_minutes(setup: Setup, start: float) -> TrainPlan:
     "The plan whose run ends `cfg.minutes` after `start` (`time.perf_counter()`), by a rehearsal on a model that is then thrown away."
     model, optimizer = build(setup)
-    steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, lambda: evaluation(model, setup))
+    steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, lambda: evaluation(model, setup), compiled=compiles(setup.cfg.compile, setup.device))
+    del model, optimizer
+    gc.collect()  # a compiled model is part of a cycle, and would else lie in memory beside the run's own
     return make_plan(setup.cfg, setup.config, setup.ranks.world_size, num_iterations=steps)
 
 # %% ../../nbs/scripts/02_base_train.ipynb #2de9bb54
@@ -277,7 +279,7 @@ def base_train(cfg: BaseTrainConfig) -> dict[str, Any]:
         if by_the_clock(setup.cfg) and not setup.stored: setup.plan = within_minutes(setup, start)
         print0(describe(setup))
         job = job_for(setup)
-        trained = run_job(job, 'pretraining', compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)
+        trained = run_job(job, 'pretraining', compiled=compiles(cfg.compile, device))
         result = summary(setup, job, trained, start)
         if ranks.is_main:
             log_result('base_train', result)

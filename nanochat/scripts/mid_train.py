@@ -10,7 +10,7 @@ __all__ = ['INCIDENTAL', 'SIZES', 'MID', 'UNMARKED', 'COUNT', 'SHARE', 'POSITIVE
            'summary', 'conclude', 'tune', 'MidTrainConfig', 'mid_train', 'main']
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #b6c06b29
-import dataclasses, json, math, time
+import dataclasses, gc, json, math, time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..tasks.customjson import identity_task
 from ..tasks.mixture import PARTS, Item, make_part, make_parts, need_data, parse_mixture, watched_parts
 from ..tokenizer import RustBPETokenizer
 from ..trackers import check_tracker
-from ..train import Hook, Job, Loop, checkpoint_bytes, close, decisive, every, finished, going_on, load_momentum, peak_flops, run_job, steps_within, utilisation
+from ..train import Hook, Job, Loop, checkpoint_bytes, close, compiles, decisive, every, finished, going_on, load_momentum, peak_flops, run_job, steps_within, utilisation
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #2e1ed82c
 @dataclass
@@ -71,7 +71,7 @@ class TuneConfig:
     tracker: str = 'none'  # where the metrics also go: none, trackio, wandb or mlflow
     save_every: int = 0  # steps between checkpoints; 0: five in the run, -1: only at the end
     keep: int = 1  # checkpoints to keep
-    compile: bool | None = None  # torch.compile; None: on CUDA
+    compile: bool | None = None  # torch.compile; None: on CUDA, where Triton can build
     device: str = ''  # cuda, mps or cpu; empty: the best there is
     resume: bool = False  # go on with the run's own settings, whatever is given here
     fresh: bool = False  # delete the run of that name and begin again
@@ -286,7 +286,10 @@ def hooks_for(setup: Setup, model: GPT) -> list[Hook]:
 def within_minutes(setup: Setup, start: float) -> TrainPlan:
     "The plan whose run ends `cfg.minutes` after `start`, by a rehearsal on a model that is then thrown away."
     model, optimizer = build(setup)
-    steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, lambda: [h.fn(0) for h in hooks_for(setup, model)])
+    evaluate = lambda: [h.fn(0) for h in hooks_for(setup, model)]
+    steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, evaluate, compiled=compiles(setup.cfg.compile, setup.device))
+    del model, optimizer
+    gc.collect()  # as in `base_train`: a compiled model is part of a cycle
     return dataclasses.replace(setup.plan, num_iterations=steps)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #1ab08d6d
@@ -338,7 +341,7 @@ def tune(cfg: TuneConfig, stage: Stage) -> dict[str, Any]:
         print0(f'{setup.run.name}: {len(setup.task)} conversations ({setup.cfg.mixture}), {human(setup.plan.tokens)} tokens, '
                f'loss on {stage.loss_on} tokens, from the {cfg.source} model')
         job = job_for(setup)
-        trained = run_job(job, stage.verb, compiled=device.type == 'cuda' if cfg.compile is None else cfg.compile)
+        trained = run_job(job, stage.verb, compiled=compiles(cfg.compile, device))
         return conclude(setup, job, trained, start)
 
 # %% ../../nbs/scripts/04_mid_train.ipynb #bffb2898
