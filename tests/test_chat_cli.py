@@ -157,8 +157,39 @@ def test_what_was_forgotten_is_said(checkpoint):
     """When old turns no longer fit, a note goes to the error stream of a pipe; a question that alone does not fit is one sentence, and the chat goes on."""
     question = 'hello world ' * 25
     out = run(checkpoint, '--max-tokens', '60', stdin='\n'.join([question] * 9) + '\n' + 'hello ' * 2000 + '\nhello\n')
-    assert out.returncode == 0 and re.search(r'\d+ earlier turns no longer fit into the 512 tokens', out.stderr) and 'please shorten it' in out.stdout
-    assert 'earlier turns' not in out.stdout
+    assert re.search(r'\d+ earlier turns no longer fit into the 512 tokens', out.stderr) and 'please shorten it' in out.stderr
+    assert 'earlier turns' not in out.stdout and 'shorten' not in out.stdout
+    assert out.returncode == 2 and out.stderr.endswith('error: 1 question could not be answered; why stands above\n')
+
+
+def shell(base, line):
+    """A line of bash with $CHAT in it: (exit status of its first command, stdout, stderr)."""
+    env = environment(base) | dict(CHAT=' '.join(command('--max-tokens', '30')))
+    done = subprocess.run(['bash', '-c', f'{line}; exit ${{PIPESTATUS[0]}}'], capture_output=True, env=env, timeout=120)
+    return done.returncode, done.stdout.decode(errors='replace'), done.stderr.decode()
+
+
+def test_an_end_of_output_nobody_minds(checkpoint):
+    """As other Unix tools: a reader that has gone ends it quietly, a full disk with a sentence; without input it has nothing to do, without output nobody to tell."""
+    assert shell(checkpoint, '$CHAT < <(yes hello | head -400) | head -c 1')[::2] == (141, '')
+    assert shell(checkpoint, '$CHAT -p hello > /dev/full') == (2, '', 'error: there is no space left; free some and start again\n')
+    assert shell(checkpoint, '$CHAT <&-') == shell(checkpoint, '$CHAT -p hello >&-') == (0, '', '')
+
+
+def test_any_bytes_from_a_pipe(checkpoint):
+    code, out, err = shell(checkpoint, r"PYTHONIOENCODING=utf-8:strict $CHAT < <(printf 'caf\xe9\n')")
+    assert code == 0 and out and err == ''
+
+
+def test_history_survives_a_closed_terminal(checkpoint):
+    pytest.importorskip('readline', reason='this Python has no readline')
+    t = Terminal(checkpoint, '--max-tokens', '5')
+    t.read_until(r'\n> $')
+    t.type('hello\r')
+    t.read_until(r'(?s)hello.*\n> $')
+    t.process.kill()
+    t.process.wait()
+    assert (checkpoint/'chat_history').read_text().split()[-1] == 'hello'
 
 
 def test_ctrl_c_during_one_prompt_is_130(checkpoint):

@@ -359,6 +359,8 @@ def test_exit_codes(capsys):
     assert run(capsys, lambda c: c.depth, '--depth', '5') == (5, '')
     assert run(capsys, fails(UserError('depth 0 is too small'))) == (2, 'error: depth 0 is too small\n')
     assert run(capsys, fails(KeyboardInterrupt())) == (130, 'stopped; what was finished is saved\n')
+    assert run(capsys, fails(OSError(28, 'No space left on device', 'model.safetensors'))) == (2, 'error: there is no space left for model.safetensors; free some and start again\n')
+    with pytest.raises(BrokenPipeError): cli(Stage, fails(BrokenPipeError(32, 'a pipe of its own')), [])  # not that of its output
     for bad in (['--depth', 'six'], ['--detph', '6']): assert run(capsys, lambda c: pytest.fail('work began'), *bad)[0] == 2
     with pytest.raises(ZeroDivisionError): cli(Stage, fails(ZeroDivisionError()), [])  # a bug keeps its traceback
     assert parse_config(Stage, []) == Stage()

@@ -8,7 +8,7 @@ __all__ = ['HELP', 'COMMANDS', 'ChatConfig', 'harmless', 'Printer', 'answer_in_t
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #297e31d4
 import contextlib, os, re, sys, time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TextIO
 
@@ -49,7 +49,7 @@ def harmless(text: str) -> str:
 class Printer:
     "Prints an answer piece by piece; a tool call appears as `[12*7 = 84]`."
     def __init__(self, file: TextIO | None = None):
-        self.file, self.kind = file or sys.stdout, 'text'
+        self.file, self.kind = file or sys.stdout or open(os.devnull, 'w'), 'text'  # `>&-` leaves no stdout
         plain = not self.file.isatty() or bool(os.environ.get('NO_COLOR'))
         self.dim, self.normal = ('', '') if plain else ('\x1b[2m', '\x1b[0m')
 
@@ -101,35 +101,40 @@ def tell_about(answer: Answer, seconds: float, stopped: bool, printer: Printer) 
 HELP = '/clear forgets the conversation, /retry answers again, /undo takes the last question back, /system TEXT tells the model what to be, /quit leaves; Ctrl-C stops an answer.'
 
 @contextlib.contextmanager
-def recall() -> Iterator[None]:
-    "Arrow keys in `input`, and its history in a file under the base directory."
+def recall() -> Iterator[Callable[[], None]]:
+    "Arrow keys in `input`, and its history in a file under the base directory; yields what saves it."
     try: import readline
     except ImportError:
-        yield
+        yield lambda: None
         return
     path = base_dir() / 'chat_history'
     with contextlib.suppress(OSError): readline.read_history_file(path)
     readline.set_history_length(1000)
-    try: yield
-    finally:
+    def save() -> None:
         with contextlib.suppress(OSError):
             path.touch(mode=0o600)
             readline.write_history_file(path)
+    yield save
 
 def lines(interactive: bool) -> Iterator[str]:
     "Lines that the user types, or the lines of a pipe, until the end of input. Ctrl-C at the prompt starts a new line."
-    with recall() if interactive else contextlib.nullcontext():
+    if sys.stdin is None: return  # `<&-`
+    if hasattr(sys.stdin, 'reconfigure') and not interactive: sys.stdin.reconfigure(errors='replace')  # a file may hold any bytes
+    with recall() if interactive else contextlib.nullcontext(lambda: None) as save:
         while True:
-            try: yield input('\n> ' if interactive else '')
+            try: line = input('\n> ' if interactive else '')
             except EOFError: return
             except KeyboardInterrupt: print(f'\n{HELP}')
+            else:
+                save()  # at once: a closed terminal gives no time later
+                yield line
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #0a25839b
 class Talk:
     "One conversation in a terminal."
     def __init__(self, engine: Any, cfg: 'ChatConfig', printer: Printer | None = None):
         self.engine, self.sampling, self.prompt = engine, cfg.sampling, cfg.system
-        self.printer, self.messages = printer or Printer(), []
+        self.printer, self.messages, self.refused = printer or Printer(), [], 0
 
     def ask(self, text: str) -> bool:
         "Answer a question; whether Ctrl-C stopped it. Raises `UserError`, and the conversation stays as it was."
@@ -165,16 +170,19 @@ def take(talk: Talk, line: str) -> None:
     try:
         if command.startswith('/'): COMMANDS.get(command, Talk.help)(talk, rest.strip())
         elif command and talk.ask(line): print('(stopped)')
-    except UserError as e: print(e)
+    except UserError as e:
+        talk.refused += 1
+        print(e, file=sys.stderr)
     except KeyboardInterrupt: print('(stopped)')  # it came just after the last token
 
 def chat(engine: Any, cfg: ChatConfig, interactive: bool) -> list[dict]:
-    "Read questions and print answers until the input ends; returns the conversation."
+    "Read questions and print answers until the input ends; returns the conversation. Raises `UserError` at the end if something in a pipe was not answered."
     talk = Talk(engine, cfg)
     with contextlib.closing(lines(interactive)) as typed:
         for line in typed:
             if line.strip() in ('/quit', '/exit'): break
             take(talk, line)
+    if talk.refused and not interactive: raise UserError(f'{talk.refused} question{"s" * (talk.refused > 1)} could not be answered; why stands above')
     return talk.messages
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #f2ccfc6d
@@ -186,13 +194,13 @@ def chat_cli(cfg: ChatConfig) -> list[dict]:
         messages, stopped = answer_in_terminal(engine, with_question([], cfg.prompt, cfg.system), cfg.sampling, Printer())
         if stopped: raise KeyboardInterrupt
         return messages
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive: print(f'{info}\n{HELP}')
     return chat(engine, cfg, interactive)
 
 def main() -> None:
     "The command line."
-    cli(ChatConfig, chat_cli)
+    cli(ChatConfig, chat_cli, stopped='stopped')
 
 # %% ../../nbs/scripts/08_chat_cli.ipynb #895c6a8d
 if __name__ == '__main__' and '__file__' in globals(): main()

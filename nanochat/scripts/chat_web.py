@@ -166,7 +166,7 @@ def chat_web(cfg: ChatWebConfig, block: bool = True) -> Running | None:
 
 def main() -> None:
     "The command line."
-    cli(ChatWebConfig, chat_web)
+    cli(ChatWebConfig, chat_web, stopped='stopped')
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #7ac8bcd9
 if __name__ == '__main__' and '__file__' in globals(): main()
