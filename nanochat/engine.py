@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .common import UserError
 from .execution import use_calculator
 from .gpt import GPT, softcapped_logits
-from .inference import closed_gaps
+from .inference import chunk_on, closed_gaps
 from .native import dismiss_team, runner_for
 
 # %% ../nbs/12_engine.ipynb #f8a23192
@@ -535,8 +535,14 @@ class EngineModel:
     def _fresh(self, name: str, make: Callable) -> Any:
         "What `make` gives, made anew when the weights have changed."
         version = weights_version(self.model)
-        if version is None or self._made.get(name, (None,))[0] != version: self._made[name] = version, make()
+        if version is None or self._made.get(name, (None,))[0] != version:
+            self._made.pop(name, None)  # gone before the next one is made: both would take twice the memory
+            self._made[name] = version, make()
         return self._made[name][1]
+
+    def forget(self) -> None:
+        "Let go of what was made, for instance before training goes on: on a GPU a copy of the weights, caches and recordings. It is made again when needed."
+        self._made.clear()
 
     def inference_model(self) -> Any:
         "The model with Linear weights held in its compute dtype."
@@ -908,7 +914,8 @@ class Columns:
 # %% ../nbs/12_engine.ipynb #02df9963
 class SchedulerStart(SchedulerLoop):
     "Limits, numbers and the thread."
-    def __init__(self, engine: Any, slots: int = 16, max_waiting: int = 64, limit: int | None = None, chunk: int = 128, kept: int | None = None):
+    def __init__(self, engine: Any, slots: int = 16, max_waiting: int = 64, limit: int | None = None, chunk: int | None = None, kept: int | None = None):
+        chunk = chunk_on(engine.model.get_device()) if chunk is None else chunk
         for name, value, least in (('slots', slots, 1), ('max_waiting', max_waiting, 0), ('limit', limit or 2, 2), ('chunk', chunk, 1), ('kept', kept or 0, 0)):
             if not is_whole(value) or value < least: raise UserError(f'{name}={value} will not do; use a whole number from {least} up')
         super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)

@@ -247,7 +247,8 @@ def test_attention_of_a_gpu_equals_that_of_a_cpu(before, T, heads, groups, windo
     where = reach(memory, window, memory.rings[0], pos, max(before) + T, groups)
     B, L = len(before), where.seen.shape[-1]
     q, k, v = torch.randn(B * T, heads * groups, 8, generator=g), *torch.randn(2, B * heads, L, 8, generator=g)
-    masked = attend(q, k, v, Reach(where.at, None, where.seen), 1.5, T)
+    mask = torch.where(where.seen, 0.0, -torch.inf)[:, None]
+    masked = attend(q, k, v, Reach(where.at, None, where.seen, mask), 1.5, T)
     torch.testing.assert_close(attend(q, k, v, where, 1.5, T), masked, atol=1e-5, rtol=1e-4)
 
 

@@ -67,6 +67,7 @@ def roll_out(engine: Engine, task: Task, indices: list[int], seed: int, *, num_s
     conversations = [task[i] for i in indices]
     prompts = [tok.render_for_completion(c) for c in conversations]
     answers = engine.generate_many(prompts, max_tokens, temperature, top_k, [subseed(seed, i) for i in indices], num_samples, batch_size=batch_size, keep_end=True)
+    engine.forget()  # the update that follows changes the weights, and on a GPU needs the memory
     rollouts = []
     for conversation, prompt, (sequences, masks) in zip(conversations, prompts, answers):
         for ids, mask in zip(sequences, masks):
