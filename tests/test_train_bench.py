@@ -67,3 +67,13 @@ def test_a_backend_left_out_is_a_row_with_its_reason(monkeypatch):
     monkeypatch.setenv('NANOCHAT_DTYPE', 'bfloat16')
     with pytest.warns(UserWarning, match="'broken' is left out"): rows = tb.attention_speeds(tb.TrainBenchConfig(depth=1, sequence_len=64, device_batch_size=1, steps=1, window_pattern='L'), torch.device('cpu'))
     assert [r['backend'] for r in rows] == ['blocked', 'sdpa', 'broken'] and 'no kernel image' in rows[2]['left_out'] and 'no kernel image' in tb.attention_lines(rows)[-1]
+
+
+@pytest.mark.parametrize('name, by_default, compiled', [('ours', False, False), ('ours', True, True), ('compiled', False, True)])
+def test_ours_is_the_program_that_base_train_runs(fp32, monkeypatch, name, by_default, compiled):
+    """Compiled where base_train compiles without being asked."""
+    asked = []
+    monkeypatch.setattr(tb, 'compiles', lambda setting, device: by_default)
+    monkeypatch.setattr(tb, 'as_run', lambda model, optimizer, compiled=False: asked.append(compiled) or model)
+    step = tb.bench_program(name, tb.TrainBenchConfig(depth=1, vocab_size=300, sequence_len=64, device_batch_size=2), torch.device('cpu'))
+    assert asked == [compiled] and step() > 0

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..common import UserError, cli, compute_dtype, cpu_name, detect_device, peak_memory_bytes
 from ..dataloader import best_fit_pack
-from ..flash_attention import get_backend, runnable, settle_backend
+from ..flash_attention import get_backend, runnable
 from ..gpt import GPT, GPTConfig, apply_rotary, rotary_tables, window_sizes
 from ..scaling import gpt_config
-from ..train import peak_flops as data_sheet
+from ..train import as_run, compiles, peak_flops as data_sheet
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #d10054a1
 def plain_attention(block: torch.nn.Module, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
@@ -161,12 +161,12 @@ def random_batch(cfg: TrainBenchConfig, device: torch.device) -> tuple[Tensor, T
     return x[:, :-1].contiguous(), x[:, 1:].contiguous()
 
 def bench_program(name: str, cfg: TrainBenchConfig, device: torch.device) -> Callable[[], float]:
-    "A training step of 'ours', 'compiled' or 'plain fp32', with weights and an optimizer of its own."
+    "A training step of 'ours' (as base_train takes it: compiled where that is its default), 'compiled' or 'plain fp32', with weights and an optimizer of its own."
     model, batch = build(cfg.depth, cfg.vocab_size, cfg.sequence_len, cfg.window_pattern, device), random_batch(cfg, device)
     if name == 'plain fp32': model.float()
-    if name == 'compiled': settle_backend(model)
-    loss_of = {'ours': lambda: model, 'compiled': lambda: torch.compile(model), 'plain fp32': lambda: lambda *b: plain_loss(model, *b)}[name]()
     optimizer = model.setup_optimizer()
+    if name == 'plain fp32': loss_of = lambda *b: plain_loss(model, *b)
+    else: loss_of = as_run(model, optimizer, name == 'compiled' or compiles(None, device))
     return lambda: training_step(model, optimizer, loss_of, *batch)
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #5b3849d9
