@@ -2,6 +2,7 @@
 import random
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import nanochat.inference as inference
-from imitated_gpu import imitate
-from nanochat.engine import Arriving, Engine, Scheduler
-from nanochat.gpt import SOFTCAP
+import nanochat.optim as optim
+from imitated_gpu import Tape, imitate
+from nanochat.common import Ranks, UserError, distributed, use_gpu
+from nanochat.engine import Arriving, Decoder, Draw, Engine, Requests, Scheduler
+from nanochat.gpt import SOFTCAP, softcapped_loss
 from nanochat.inference import CachedGPT, RecordedGPT
 from nanochat.native import runner_for
 from nanochat.scaling import gpt_config
+from nanochat.train import compiles
 from test_engine import ByteTokenizer, random_gpt
 from test_inference import BUSY, Company
 
@@ -43,6 +47,9 @@ def read_and_step(run, texts, at):
     slots.admit(cache)
     for i in range(at, ids.shape[1]): out.append(run.step(ids[:, i].to(device), slots, i + 1).clone())
     return SOFTCAP * torch.tanh(torch.stack(out, 1).float() / SOFTCAP)
+
+
+def error(got, expected): return ((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
 
 
 def texts(rows, n): return [[random.Random(i).randrange(300) for i in range(r, r + n)] for r in range(0, rows * n, n)]
@@ -140,12 +147,166 @@ def test_a_scheduler_works_on_the_gpu_of_its_model(monkeypatch):
     assert chosen == [(CUDA1, 'nanochat-scheduler')]
 
 
+# --- memory and launches ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_long_prompt_takes_few_passes(monkeypatch, dtype):
+    """1,024 tokens at once on a GPU, behind what is there already; the same logits as in small pieces, and as the forward pass."""
+    monkeypatch.setenv('NANOCHAT_DTYPE', dtype)
+    model, text = random_gpt(sequence_len=160), torch.tensor(texts(1, 1500))
+    with torch.inference_mode(): truth = model(text)[:, -1]
+    imitate(monkeypatch)
+    run, lengths, hidden = CachedGPT(model), [], CachedGPT.hidden
+    monkeypatch.setattr(CachedGPT, 'hidden', lambda self, ids, *args: (lengths.append(ids.shape[1]), hidden(self, ids, *args))[1])
+    cap = lambda z: SOFTCAP * torch.tanh(z.float() / SOFTCAP)
+    with torch.inference_mode():
+        whole, pieces = run.scratch(1, 1600), run.scratch(1, 1600)
+        z = cap(run.read(text, whole))
+        for part in text.split(130, 1): again = cap(run.read(part, pieces))
+    assert lengths == [1024, 476] + [130] * 11 + [70]
+    assert error(z, truth) < (1e-4 if dtype == 'float32' else 0.03) and error(z, again) < (1e-4 if dtype == 'float32' else 0.03)
+
+
+def test_one_norm_and_one_mask_for_all(monkeypatch):
+    """A norm is one kernel, and no layer makes a mask of its own."""
+    imitate(monkeypatch)
+    run = CachedGPT(random_gpt(n_layer=6))
+    slots, ids = run.slots(2, 64), torch.zeros(2, dtype=torch.long)
+    with torch.inference_mode(), Tape() as tape:
+        slots.rows, slots.known = 2, [5, 5]
+        run.hidden(ids[:, None], slots, 64, run.step_layers)
+    calls = [str(call[0]) for call in tape.calls]
+    norms = sum('rms_norm' in c for c in calls) or sum('rsqrt' in c for c in calls)   # CPUs take it apart
+    assert norms == 2 * 6 + 1 and sum('linalg_vector_norm' in c for c in calls) == 6
+    assert sum('where' in c for c in calls) == len(set(slots.windows)) and not any('logical_not' in c for c in calls)
+
+
+def test_idle_recordings_give_way(monkeypatch):
+    """Answers of many lengths, one after the other, as in evaluation: only the last size is kept, and the one still in use."""
+    imitate(monkeypatch)
+    run = RecordedGPT(random_gpt())
+    busy = run.slots(4, 64)
+    for length in (100, 200, 300, 500):
+        slots = run.slots(2, length)
+        slots.admit(read_prompt(run, 5))
+        run.step(torch.tensor([1]), slots, 6)
+        slots.idle = True
+    assert [id(c) for c in run._caches] == [id(busy), id(slots)] and {key[0] for key in run._graphs} == {id(slots)}
+    assert run.slots(2, 400) is slots and len(run._graphs) == 1, 'the same size finds its recordings again'
+
+
+@torch.inference_mode()
+def read_prompt(run, n):
+    cache = run.scratch(1, 64)
+    run.read(torch.tensor(texts(1, n)), cache)
+    return cache
+
+
+def test_a_server_reads_longer_chunks_on_a_gpu(monkeypatch):
+    engine = Engine(random_gpt(), ByteTokenizer())
+    assert (Scheduler(engine).chunk, Scheduler(engine, chunk=7).chunk) == (128, 7)
+    imitate(monkeypatch)
+    assert (Scheduler(engine).chunk, Scheduler(engine, chunk=7).chunk) == (1024, 7)
+
+
+def test_an_engine_holds_one_copy_and_can_let_it_go():
+    """In training mode the copy is made anew for every call: the old one goes first. Before an update of reinforcement learning it goes altogether."""
+    engine, alive = Engine(random_gpt().train(), ByteTokenizer(), in_c=False), weakref.WeakSet()
+    make = CachedGPT.__init__
+    def count(self, *args):
+        assert not alive, 'the last copy is still there'
+        make(self, *args)
+        alive.add(self)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(CachedGPT, '__init__', count)
+        for _ in range(3): engine.generate_many([[1, 2, 3]], max_tokens=2)
+    assert len(alive) == 1
+    engine.forget()
+    assert not alive and len(engine.generate_many([[1, 2, 3]], max_tokens=2)) == 1
+
+
+def test_only_cuda_copies_without_waiting(monkeypatch):
+    """From memory that is not pinned, MPS may read what has been freed (pytorch issue 189690); CUDA takes its own copy first."""
+    to, flags = torch.Tensor.to, []
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *args, non_blocking=False, **kw: (flags.append(non_blocking), to(self, *args, **kw))[1])
+    engine = Engine(random_gpt(), ByteTokenizer(), in_c=False)
+    list(Decoder(engine.runner(), engine.tokenizer, Requests([[1, 2, 3]], [5], [0], 1, Draw()), 1, ahead=True).steps())
+    assert flags and not any(flags)
+
+
+# --- devices and compilers -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('world, device, chosen', [(1, 'cuda', []), (1, 'cuda:1', [CUDA1]), (8, 'cuda', [3]), (8, 'cpu', []), (1, 'mps', [])])
+def test_each_process_makes_its_gpu_the_current_one(monkeypatch, world, device, chosen):
+    found = []
+    monkeypatch.setattr(torch.cuda, 'set_device', found.append)
+    use_gpu(torch.device(device), Ranks(rank=3, local_rank=3, world_size=world) if world > 1 else Ranks())
+    assert found == chosen
+
+
+def test_several_processes_do_not_share_a_gpu(monkeypatch):
+    """NCCL would say "Duplicate GPU detected", each process for itself, minutes later."""
+    for name, value in dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='8').items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: pytest.fail('chosen'))
+    with pytest.raises(UserError, match='8 processes each takes its own GPU; give --device cuda, not cuda:0'):
+        with distributed(torch.device('cuda', 0)): pytest.fail('went on')
+
+
+@pytest.fixture
+def builder(tmp_path, monkeypatch):
+    """A machine with a GPU, Triton, Python's headers and, in an otherwise empty PATH, gcc."""
+    (tmp_path/'include').mkdir()
+    for path in (tmp_path/'gcc', tmp_path/'include'/'Python.h'): path.write_text('#!/bin/sh\n')
+    (tmp_path/'gcc').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr(optim.sysconfig, 'get_path', lambda name, scheme: str(tmp_path/name))
+    monkeypatch.setattr(optim.importlib.util, 'find_spec', lambda name: name)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    optim.can_compile.cache_clear()
+    yield tmp_path
+    optim.can_compile.cache_clear()
+
+
+def test_compiling_needs_what_triton_builds_with(builder, monkeypatch):
+    able = lambda device='cuda': (optim.can_compile.cache_clear(), optim.can_compile(torch.device(device)))[1]
+    assert able() and not able('cpu') and not able('mps')
+    for name, value in (('CC', 'no-such-compiler'), ('PATH', '/nowhere')):
+        with monkeypatch.context() as m:
+            m.setenv(name, value)
+            assert not able()
+    with monkeypatch.context() as m:
+        m.setenv('PATH', '/nowhere')
+        m.setenv('CC', str(builder/'gcc'))
+        assert able()
+    for target, name, value in ((optim.importlib.util, 'find_spec', lambda name: None), (torch.cuda, 'get_device_capability', lambda device: (6, 1))):
+        with monkeypatch.context() as m:
+            m.setattr(target, name, value)
+            assert not able()
+    (builder/'include'/'Python.h').unlink()
+    assert not able()
+
+
+def test_models_compile_where_that_can_be(builder):
+    cuda = torch.device('cuda')
+    assert compiles(None, cuda) and not compiles(False, cuda) and compiles(True, torch.device('cpu')) and not compiles(None, torch.device('cpu'))
+    (builder/'gcc').unlink()
+    optim.can_compile.cache_clear()
+    assert not compiles(None, cuda) and compiles(True, cuda)
+
+
+def test_what_is_not_a_cpu_takes_the_gpus_way_through_the_loss():
+    """On MPS as on CUDA: no wait for the number of targets, no softmax into its own input. The meta device stands for it here."""
+    x, w = torch.empty(600, 32, device='meta', requires_grad=True), torch.empty(320, 32, device='meta', requires_grad=True)
+    with Tape() as tape: loss = softcapped_loss(x, w, torch.empty(600, dtype=torch.long, device='meta'), 300)
+    calls = [str(call[0]) for call in tape.calls]
+    assert loss.shape == () and sum(c.startswith('aten.mm') for c in calls) == 3, 'all rows at once'
+    assert sum('_softmax' in c for c in calls) == 1 and not any('_softmax.out' in c for c in calls)
+
+
 # --- what only a GPU can show ----------------------------------------------------------------------------------------
 
 def on_gpu(model, device='cuda'): return model.to(device)
-
-
-def error(got, expected): return ((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
 
 
 @pytest.mark.gpu

@@ -93,6 +93,15 @@ def test_rollouts_of_the_engine_mark_what_was_chosen():
     for i, r in enumerate(rollouts): assert r.ids[:sum(m == 0 for m in r.mask)][:5] == TOK.render_for_completion(Vowels()[i // 8])[:5]
 
 
+def test_the_engine_holds_nothing_during_an_update(vowels, monkeypatch):
+    """On a GPU its copy of the weights, its caches and recordings would stand beside the activations of the backward pass."""
+    held, engines, step, make = [], [], rl.rl_step, Engine.__init__
+    monkeypatch.setattr(Engine, '__init__', lambda self, *args: (engines.append(self), make(self, *args))[1])
+    monkeypatch.setattr(rl, 'rl_step', lambda *args: (held.extend(len(e._made) for e in engines), step(*args))[1])
+    chat_rl(config(num_iterations=2))
+    assert held == [0, 0]
+
+
 def test_advantages_sum_to_zero_per_question():
     rollouts = with_advantages([Rollout([], [], x) for x in (0, 1, 0.5, 0.5, 1, 1, 1, 1)], 4)
     assert [r.advantage for r in rollouts] == [-0.5, 0.5, 0, 0, 0, 0, 0, 0]

@@ -178,7 +178,8 @@ def test_nonsense_batches_are_sentences(args):
 # --- hardware, hours and money -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, key', [('NVIDIA H100 80GB HBM3', 'h100'), ('NVIDIA H100 PCIe', 'h100pcie'), ('NVIDIA H200', 'h200'), ('NVIDIA A100-SXM4-80GB', 'a100'), ('Tesla T4', 't4'),
-                                       ('NVIDIA GeForce RTX 4090', 'rtx4090'), ('NVIDIA GeForce RTX 4090 D', None), ('NVIDIA GeForce RTX 4070 Ti SUPER', None), ('Quadro P1000', None), ('', None)])
+                                       ('NVIDIA GeForce RTX 4090', 'rtx4090'), ('NVIDIA GeForce RTX 4090 D', None), ('NVIDIA GeForce RTX 4070 Ti SUPER', None), ('Quadro P1000', None), ('', None),
+                                       ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA A100-SXM4-40GB MIG 3g.20gb', None)])
 def test_a_gpu_by_its_full_name(name, key):
     assert scaling.gpu_key(name) == key
 

@@ -1,13 +1,15 @@
 """The training loop and the stages on it: exactness of accumulation and resume, refusal of bad input, and that it learns."""
-import dataclasses, json, math, os, shutil, signal, subprocess, time
+import dataclasses, itertools, json, math, os, shutil, signal, subprocess, time, weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from nanochat import train
 from nanochat.checkpoint_manager import list_checkpoints, load_checkpoint, run_config, run_dir, step_dir
 from nanochat.common import UserError, parse_config, read_jsonl
 from nanochat.dataset import prepare_corpus
+from nanochat.optim import MuonAdamW
 from nanochat.scaling import TrainPlan
 from nanochat.scripts import base_eval as be, base_train as bt, chat_sft as sft, mid_train as mt
 from nanochat.tokenizer import RustBPETokenizer
@@ -379,6 +381,40 @@ def test_base_eval_stands_beside_an_ngram(home, pretrained):
     result = be.base_eval(be.BaseEvalConfig(eval_tokens=1024))
     assert 1 < result['ngram_bpb'] < 8 and 1 < result['val_bpb'] < 8 and len(result['samples']) == len(bt.PROMPTS)
     assert be.base_eval(be.BaseEvalConfig(eval_tokens=1024))['skipped'] and not be.base_eval(be.BaseEvalConfig(eval_tokens=1024, ngram_tokens=0)).get('ngram_bpb')
+
+
+class Compiled(torch.nn.Module):
+    """What `torch.compile` would make of a model."""
+    def __init__(self, model, steps):
+        super().__init__()
+        self._orig_mod, self.steps = model, steps
+
+    def forward(self, *args, **settings):
+        if torch.is_grad_enabled(): self.steps.append('compiled step')
+        return self._orig_mod(*args, **settings)
+
+
+def test_a_rehearsal_runs_the_program_of_the_run(home, monkeypatch):
+    """Its steps go through the compiler and are shared, if those of the run are; its model is gone before the run's is made."""
+    did, models = [], []
+    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: Compiled(model, did))
+    monkeypatch.setattr(train, 'settle_backend', lambda model: did.append('kernel chosen'))
+    monkeypatch.setattr(MuonAdamW, 'share', lambda self: did.append('shared'))
+    for stage in (bt, mt):
+        def built(setup, build=stage.build):
+            assert not any(ref() for ref in models), 'the model of the rehearsal is still there'
+            model, optimizer = build(setup)
+            models.append(weakref.ref(model))
+            return model, optimizer
+        monkeypatch.setattr(stage, 'build', built)
+    bt.base_train(bt.BaseTrainConfig(**TINY, minutes=1e-4, compile=True))
+    assert [name for name, _ in itertools.groupby(did)] == ['shared', 'kernel chosen', 'compiled step'] * 2 and did.count('compiled step') == 4 + 10
+    did.clear()
+    mt.mid_train(mt.MidTrainConfig(**CHATS, minutes=1e-4, compile=True))
+    assert [name for name, _ in itertools.groupby(did)] == ['shared', 'kernel chosen', 'compiled step'] * 2
+    did.clear()
+    bt.base_train(bt.BaseTrainConfig(**TINY, minutes=1e-4, model_tag='eager'))
+    assert did == ['shared', 'shared'], 'nothing is compiled on a CPU'
 
 
 def test_a_budget_of_minutes_becomes_a_number_of_steps_that_stays(home, monkeypatch):
