@@ -168,17 +168,19 @@ def test_a_long_prompt_takes_few_passes(monkeypatch, dtype):
 
 
 def test_one_norm_and_one_mask_for_all(monkeypatch):
-    """A norm is one kernel, and no layer makes a mask of its own."""
+    """A norm is one kernel, and no layer makes a mask of its own, as PyTorch does of one in bool or in another dtype than the queries'."""
+    monkeypatch.setenv('NANOCHAT_DTYPE', 'bfloat16')
     imitate(monkeypatch)
-    run = CachedGPT(random_gpt(n_layer=6))
+    run, masks, attention = CachedGPT(random_gpt(n_layer=6)), [], F.scaled_dot_product_attention
     slots, ids = run.slots(2, 64), torch.zeros(2, dtype=torch.long)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda *qkv, attn_mask, **kw: (masks.append(attn_mask), attention(*qkv, attn_mask=attn_mask, **kw))[1])
     with torch.inference_mode(), Tape() as tape:
         slots.rows, slots.known = 2, [5, 5]
         run.hidden(ids[:, None], slots, 64, run.step_layers)
     calls = [str(call[0]) for call in tape.calls]
     norms = sum('rms_norm' in c for c in calls) or sum('rsqrt' in c for c in calls)   # CPUs take it apart
     assert norms == 2 * 6 + 1 and sum('linalg_vector_norm' in c for c in calls) == 6
-    assert sum('where' in c for c in calls) == len(set(slots.windows)) and not any('logical_not' in c for c in calls)
+    assert len(masks) == 6 and {m.dtype for m in masks} == {torch.bfloat16} and len({id(m) for m in masks}) == len(set(slots.windows))
 
 
 def test_idle_recordings_give_way(monkeypatch):
