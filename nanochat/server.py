@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES', 'EMPTY_IN_MESSAGES', 'IGNORED', 'NEUTRAL',
-           'FIELDS', 'PACE', 'LOCAL', 'GUARDED', 'CLOSED', 'SEND_SECONDS', 'COUNTERS', 'ENDPOINTS', 'BODY_SECONDS',
-           'CHAT_ERRORS', 'NOT_HTTP', 'APIError', 'closing', 'read_json', 'number', 'flag', 'text_of', 'content_of',
-           'parts_of', 'message_of', 'check_turns', 'messages_of', 'check_fields', 'stops_of', 'wants_usage',
-           'ChatRequest', 'longest', 'parse_request', 'nullable', 'message_schema', 'request_schema', 'Cutter',
-           'ChoiceText', 'Choice', 'texts', 'Job', 'envelope', 'chunk', 'delta', 'completion', 'sse', 'merged',
-           'pieces_of', 'openai_events', 'public_events', 'WorkerPool', 'all_or_none', 'PlacingPool', 'Pool', 'Served',
-           'check_model', 'too_long', 'prompt_of', 'Service', 'place', 'admit', 'health', 'stats', 'send_json',
-           'refuse', 'ClientGone', 'too_large', 'limited', 'header', 'under', 'check_host', 'check_key', 'check_entry',
-           'Guard', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole', 'log_entry',
-           'append_private', 'record', 'deliver', 'families', 'Metrics', 'Counted', 'read_body', 'check_type',
-           'live_response', 'answer', 'error_response', 'error_schema', 'documented', 'completion_schema', 'add_chat',
-           'add_facts', 'add_refusals', 'no_such_path', 'add_error_forms', 'build_app', 'listen', 'url_of',
-           'make_server', 'drained', 'stop_gently', 'end_now', 'run_server', 'serve', 'Running', 'choose_devices',
+           'FIELDS', 'PACE', 'LONG_BODY', 'BODY_SECONDS', 'LOCAL', 'GUARDED', 'CLOSED', 'OPEN', 'SEND_SECONDS',
+           'COUNTERS', 'ENDPOINTS', 'CHAT_ERRORS', 'NOT_HTTP', 'RAW_400', 'IDLE_SECONDS', 'sendable', 'APIError',
+           'closing', 'read_json', 'number', 'flag', 'text_of', 'content_of', 'parts_of', 'message_of', 'check_turns',
+           'messages_of', 'check_fields', 'stops_of', 'wants_usage', 'ChatRequest', 'longest', 'parse_request',
+           'nullable', 'message_schema', 'request_schema', 'Cutter', 'ChoiceText', 'Choice', 'texts', 'Job', 'envelope',
+           'chunk', 'delta', 'completion', 'sse', 'merged', 'pieces_of', 'openai_events', 'public_events', 'WorkerPool',
+           'all_or_none', 'PlacingPool', 'Pool', 'Served', 'check_model', 'too_long', 'prompt_of', 'Line', 'Service',
+           'place', 'admit', 'health', 'stats', 'send_json', 'refuse', 'ClientGone', 'too_large', 'too_slow', 'Arrival',
+           'Gate', 'limited', 'closed', 'header', 'under', 'check_host', 'check_key', 'check_entry', 'Guard',
+           'sentence', 'error_form', 'ErrorForm', 'until_gone', 'attend', 'troubled', 'stream', 'whole', 'log_entry',
+           'append_private', 'record', 'deliver', 'families', 'Metrics', 'Counted', 'read_body', 'check_type', 'forget',
+           'in_line', 'live_response', 'answer', 'error_response', 'error_schema', 'documented', 'completion_schema',
+           'add_chat', 'add_facts', 'add_refusals', 'no_such_path', 'add_error_forms', 'LastWord', 'build_app',
+           'listen', 'url_of', 'Clock', 'clocked', 'make_server', 'shed', 'when_full', 'more_files', 'drained',
+           'close_door', 'stop_gently', 'stop_soon', 'end_now', 'run_server', 'serve', 'Running', 'choose_devices',
            'load_pool']
 
 # %% ../nbs/16_server.ipynb #ad58b17d
 import asyncio, contextlib, functools, hmac, json, logging, os, re, secrets, signal, socket, sys, threading, time, traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,15 @@ from .engine import Busy, Columns, Engine, Scheduler, calculator_text
 from .execution import use_calculator
 
 # %% ../nbs/16_server.ipynb #7590f641
+def sendable(text: str) -> str:
+    "The text with a '?' for every half of a surrogate pair."
+    return text.encode('utf8', 'replace').decode()
+
 class APIError(UserError):
     "A refusal with an HTTP status: `message` says what to change, `param` names the field, `code` is for programs."
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers or {}
+        super().__init__(sendable(message))
+        self.status, self.param, self.code, self.headers = status, param and sendable(param), code, headers or {}
 
     def body(self) -> dict:
         "The error in OpenAI's form."
@@ -89,9 +95,11 @@ def flag(body: dict, name: str) -> bool:
 # %% ../nbs/16_server.ipynb #207da905
 def text_of(content: Any, where: str) -> str:
     "The text of a message's content: a string, or a list of `{'type': 'text', 'text': ...}`. Raises `APIError`."
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in content):
-        odd = [p.get('type') for p in content if p.get('type') != 'text']
+    if isinstance(content, list):
+        odd = [p.get('type') if isinstance(p, dict) else type(p).__name__ for p in content if not isinstance(p, dict) or p.get('type') != 'text']
         if odd: raise APIError(400, f"Invalid value for '{where}': this model reads text only, not {odd[0]!s:.40}.", where, 'invalid_value')
+        bare = not all(isinstance(p.get('text'), str) for p in content)
+        if bare: raise APIError(400, f"Invalid type for '{where}': each part needs a 'text', which is a string.", where, 'invalid_type')
         content = ''.join(p['text'] for p in content)
     if not isinstance(content, str): raise APIError(400, f"Invalid type for '{where}': expected a string, but got {type(content).__name__}.", where, 'invalid_type')
     if len(content) > MAX_CHARS: raise APIError(400, f"'{where}' has {len(content):,} characters; a message may have {MAX_CHARS:,}.", where, 'string_above_max_length')
@@ -525,12 +533,35 @@ def prompt_of(tokenizer: Any, chat: ChatRequest, limit: int) -> tuple[list[int],
     except UserError as e: raise APIError(400, f'Even the last message alone is too long: {e}.', 'messages', 'context_length_exceeded') from e
 
 # %% ../nbs/16_server.ipynb #7061e541
+LONG_BODY = 2**14  # bytes from which a request stands in the line of the long ones
+
+class Line:
+    "Threads that parse and tokenize; `work`: what waits for them or is being done, of which there may be `most`."
+    def __init__(self, threads: int, most: int):
+        self.threads, self.most, self.work = ThreadPoolExecutor(threads, 'nanochat-admit'), most, set()
+
+    def submit(self, fn: Callable, *args: Any) -> Future:
+        "Queue a call. Raises `APIError` 429 where too many wait."
+        full = APIError(429, 'Too many requests wait to be read; try again in 1 s.', code='rate_limit_exceeded', headers={'Retry-After': '1'})
+        if len(self.work) >= self.most: raise full
+        future = self.threads.submit(fn, *args)
+        self.work.add(future)
+        future.add_done_callback(self.work.discard)
+        return future
+
+# %% ../nbs/16_server.ipynb #2c8c0a36
 class Service:
     "A pool, the model's card, and who may use them. `open`: answers being sent now."
     def __init__(self, pool: Pool, served: Served, api_key: str | None = None, hosts: tuple[str, ...] | None = None, log: Path | str | None = None, pace: float = PACE):
         self.pool, self.served, self.api_key, self.hosts, self.log, self.pace = pool, served, api_key, hosts, log, pace
         self.open, self.started, self.metrics = 0, time.time(), None
-        self.threads = ThreadPoolExecutor(4, 'nanochat-admit')  # for parsing and tokenizing, beside the loop that feeds the streams
+        self.short, self.long = Line(3, 64), Line(1, 16)  # requests that are being read, by the size of their bodies
+        self.arriving: set[Any] = set()  # bodies that are not whole yet
+        self.threads = ThreadPoolExecutor(1, 'nanochat-log')
+
+    def busy(self) -> bool:
+        "Whether anything is being read, answered or sent."
+        return bool(self.open or self.short.work or self.long.work or self.pool.unfinished())
 
 # %% ../nbs/16_server.ipynb #b9ad7525
 def place(service: Service, ids: list[int], chat: ChatRequest) -> tuple[int, list[Any]]:
@@ -595,26 +626,73 @@ def too_large(limit: int) -> APIError:
     return APIError(413, f'The body is larger than {limit:,} bytes.', code='request_too_large')
 
 # %% ../nbs/16_server.ipynb #152b5f44
-async def limited(app: Callable, scope: dict, receive: Callable, send: Callable, limit: int) -> None:
-    "Run an ASGI app whose request body may have `limit` bytes. One that grows larger, chunk by chunk, is answered with 413 and the app sees the client leave."
-    seen, over = 0, False
-    async def counted() -> dict:
-        nonlocal seen, over
-        if over: return {'type': 'http.disconnect'}
-        message = await receive()
-        seen += len(message.get('body', b''))
-        if seen <= limit: return message
-        over = True
-        await refuse(too_large(limit), receive, send)
+BODY_SECONDS = 30.0  # a request must have arrived within this time
+
+def too_slow() -> APIError:
+    "The error for a body that does not come."
+    return APIError(408, f'The body did not arrive within {BODY_SECONDS:g} s.', code='request_timeout')
+
+class Arrival:
+    "What of a body has come, and until when the rest is waited for."
+    def __init__(self, receive: Callable, send: Callable, limit: int):
+        self.wires, self.limit, self.seen = (receive, send), limit, 0
+        self.whole, self.begun, self.over = False, False, False  # the body is here; the answer has begun; the client was refused
+        self.due, self.late, self.timeout = asyncio.get_running_loop().time() + BODY_SECONDS, too_slow, None
+
+    def call_in(self, late: Callable[[], APIError]) -> None:
+        "Wait no longer, and refuse with the error that `late` makes."
+        self.due, self.late = asyncio.get_running_loop().time(), late
+        if self.timeout: self.timeout.reschedule(self.due)
+
+    async def part(self) -> dict:
+        "The next ASGI message. Raises `TimeoutError`."
+        if self.whole or self.begun: return await self.wires[0]()
+        try:
+            async with asyncio.timeout_at(self.due) as self.timeout: return await self.wires[0]()
+        finally: self.timeout = None
+
+# %% ../nbs/16_server.ipynb #bb039af5
+class Gate(Arrival):
+    "`receive` and `send` of a request whose body may have `limit` bytes and `BODY_SECONDS` to arrive."
+    async def receive(self) -> dict:
+        "ASGI's `receive` for the application."
+        if self.over: return {'type': 'http.disconnect'}
+        try: message = await self.part()
+        except TimeoutError: return await self.refuse(self.late())
+        self.seen, self.whole = self.seen + len(message.get('body', b'')), not message.get('more_body')
+        return message if self.seen <= self.limit else await self.refuse(too_large(self.limit))
+
+    async def send(self, message: dict) -> None:
+        "ASGI's `send` for the application; after a refusal nothing is sent any more."
+        if self.over: return
+        self.begun = True
+        await self.wires[1](message)
+
+    async def refuse(self, e: APIError) -> dict:
+        "Answer with an error, unless an answer has begun, and let the application see the client leave."
+        self.over = True
+        if not self.begun: await refuse(e, *self.wires)
         return {'type': 'http.disconnect'}
-    async def unless_over(message: dict) -> None:
-        if not over: await send(message)
-    with contextlib.suppress(ClientGone): await app(scope, counted, unless_over)
+
+# %% ../nbs/16_server.ipynb #28e9f519
+async def limited(app: Callable, scope: dict, receive: Callable, send: Callable, limit: int, arriving: set | None = None) -> None:
+    "Run an ASGI app behind a `Gate`, which is in the set `arriving` until the app is done."
+    gate, arriving = Gate(receive, send, limit), set() if arriving is None else arriving
+    arriving.add(gate)
+    try:
+        with contextlib.suppress(ClientGone): await app(scope, gate.receive, gate.send)
+    finally: arriving.discard(gate)
 
 # %% ../nbs/16_server.ipynb #f142f213
 LOCAL = ('127.0.0.1', 'localhost', '[::1]')
 GUARDED = ('/v1', '/chat/completions', '/stats', '/metrics')  # need the key, where there is one
-CLOSED = ('upload', 'proxy=', 'vibe', 'undo-vibe', 'run-history', 'stream/', 'custom_component')  # of Gradio's API, not used by our page
+CLOSED = ('upload', 'proxy=', 'vibe', 'undo-vibe', 'run-history', 'stream/', 'custom_component', 'call', 'api/', 'run/')  # of Gradio's API, not used by our page
+OPEN = ('run/predict',)  # of those, used all the same
+
+def closed(path: str) -> bool:
+    "Whether a path belongs to a part of Gradio that our page does not use."
+    name = path.removeprefix('/gradio_api/')
+    return name != path and name.startswith(CLOSED) and name not in OPEN
 
 def header(scope: dict, name: bytes) -> str:
     "A request header, or ''."
@@ -643,7 +721,7 @@ def check_entry(service: Service, scope: dict) -> None:
     path, length = scope['path'], header(scope, b'content-length')
     check_host(header(scope, b'host'), service.hosts)
     if under(path, GUARDED): check_key(header(scope, b'authorization'), service.api_key)
-    if path.startswith('/gradio_api/') and path.removeprefix('/gradio_api/').startswith(CLOSED): raise APIError(404, 'This part of Gradio is switched off here.', code='not_found')
+    if closed(path): raise APIError(404, 'This part of Gradio is switched off here.', code='not_found')
     if service.pool.draining and scope['method'] == 'POST' and under(path, GUARDED): raise closing()
     if length.isdigit() and int(length) > MAX_BODY: raise too_large(MAX_BODY)
 
@@ -657,16 +735,22 @@ class Guard:
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         try: check_entry(self.service, scope)
         except APIError as e: return await refuse(e, receive, send)
-        await limited(self.app, scope, receive, send, MAX_BODY)
+        await limited(self.app, scope, receive, send, MAX_BODY, self.service.arriving)
 
 # %% ../nbs/16_server.ipynb #09aa7f44
+def sentence(detail: Any) -> str:
+    "An error's detail as text; of a list of faults, as pydantic finds them, where each is and what it is."
+    if not isinstance(detail, list) or not all(isinstance(d, dict) for d in detail): return str(detail or 'The request failed.')
+    return '; '.join(f"{'.'.join(map(str, d.get('loc') or ['the request']))}: {d.get('msg', 'not valid')}" for d in detail) + '.'
+
+# %% ../nbs/16_server.ipynb #ab9588f4
 def error_form(status: int, body: bytes) -> dict:
     "Any error's body in OpenAI's form; a JSON object keeps its own fields."
     try: data = json.loads(body)
     except ValueError: data = body.decode('utf8', 'replace').strip()
     if isinstance(data, dict) and isinstance(data.get('error'), dict) and 'message' in data['error']: return data
     detail = data.get('detail', data.get('error')) if isinstance(data, dict) else data
-    e = APIError(status, str(detail or 'The request failed.'), code={404: 'not_found', 405: 'method_not_allowed'}.get(status))
+    e = APIError(status, sentence(detail), code={404: 'not_found', 405: 'method_not_allowed'}.get(status))
     return (data if isinstance(data, dict) else {}) | e.body()
 
 # %% ../nbs/16_server.ipynb #76785649
@@ -837,25 +921,38 @@ class Counted:
             if self.service.metrics: self.service.metrics.http.labels(path, str(status)).inc()
 
 # %% ../nbs/16_server.ipynb #0b55c3d6
-BODY_SECONDS = 30.0  # a request must have arrived within this time
-
 async def read_body(receive: Callable) -> bytes:
-    "The whole body. Raises `APIError` 408 when it takes too long, `ClientGone` when it never ends."
+    "The whole body. Raises `ClientGone` when it never ends."
     parts = []
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message['type'] == 'http.disconnect': raise ClientGone()
-                parts.append(message.get('body', b''))
-                if not message.get('more_body'): return b''.join(parts)
-    except TimeoutError as e: raise APIError(408, f'The body did not arrive within {BODY_SECONDS:.0f} s.', code='request_timeout', headers={'Connection': 'close'}) from e
+    while True:
+        message = await receive()
+        if message['type'] == 'http.disconnect': raise ClientGone()
+        parts.append(message.get('body', b''))
+        if not message.get('more_body'): return b''.join(parts)
 
 # %% ../nbs/16_server.ipynb #f9ab452a
 def check_type(content_type: str) -> None:
     "Raise `APIError` 415 unless the body is said to be JSON."
     if content_type.partition(';')[0].strip().lower() == 'application/json': return
     raise APIError(415, f"Expected 'Content-Type: application/json', but got '{content_type:.80}'.", code='unsupported_media_type')
+
+# %% ../nbs/16_server.ipynb #a978964d
+def forget(work: Future) -> None:
+    "Close the job of a request whose client has left."
+    if not work.cancelled() and not work.exception(): work.result().close()
+
+async def in_line(line: Line, receive: Callable, fn: Callable, *args: Any) -> Any:
+    "What `fn(*args)` returns in a thread of the line. Raises what it raises, 429 where too many wait, and `ClientGone`: then it is not begun, or its job is closed."
+    work = line.submit(fn, *args)
+    gone, result = asyncio.ensure_future(until_gone(receive)), asyncio.wrap_future(work)
+    try:
+        await asyncio.wait({gone, result}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done(): raise ClientGone()
+        return result.result()
+    finally:
+        gone.cancel()
+        if not (result.done() or work.cancel()): work.add_done_callback(forget)
+        await asyncio.wait({gone})
 
 # %% ../nbs/16_server.ipynb #d1e00c8d
 @functools.cache
@@ -872,7 +969,8 @@ async def answer(service: Service, request: Any, public: bool = False) -> Any:
     "A chat request from its body to a response that streams or waits. Raises `APIError`."
     check_type(request.headers.get('content-type', ''))
     body = await read_body(request.receive)
-    job = await asyncio.get_running_loop().run_in_executor(service.threads, admit, service, body, public)
+    line = service.long if len(body) >= LONG_BODY else service.short
+    job = await in_line(line, request.receive, admit, service, body, public)
     return live_response()(functools.partial(deliver, service, job, public))
 
 def error_response(e: APIError) -> Any:
@@ -965,10 +1063,29 @@ def add_error_forms(app: Any) -> None:
         if e.status_code == 404: return no_such_path(request.url.path)
         return APIError(e.status_code, str(e.detail), headers=dict(e.headers or {}))
     app.add_exception_handler(APIError, lambda request, e: error_response(e))
+    left = APIError(499, 'The client has left.', code='client_gone')  # for the counters; nobody hears it
+    app.add_exception_handler(ClientGone, lambda request, e: error_response(left))
     app.add_exception_handler(HTTPException, lambda request, e: error_response(known(request, e)))
     app.add_exception_handler(Exception, lambda request, e: error_response(APIError(500, 'The server had an error while processing your request.', code='server_error')))
 
-# %% ../nbs/16_server.ipynb #9021ad42
+# %% ../nbs/16_server.ipynb #17f487c6
+class LastWord:
+    "Middleware: a request that is cut off before its answer began is answered 503."
+    def __init__(self, app: Callable): self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        begun = False
+        async def noted(message: dict) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+        try: await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            if begun or scope['type'] != 'http': raise
+            e = closing()
+            await send_json(send, e.status, e.body(), e.headers | {'connection': 'close'})
+
+# %% ../nbs/16_server.ipynb #79ccf6e5
 def build_app(service: Service, origins: tuple[str, ...] = ()) -> Any:
     "The API as a FastAPI application; a page may be mounted at '/' afterwards. `origins`: web sites whose pages may use it."
     from fastapi import FastAPI
@@ -982,6 +1099,7 @@ def build_app(service: Service, origins: tuple[str, ...] = ()) -> Any:
     app.add_middleware(Guard, service=service)
     if origins: app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=['GET', 'POST'], allow_headers=['*'])
     app.add_middleware(ErrorForm)
+    app.add_middleware(LastWord)
     app.add_middleware(Counted, service=service)
     return app
 
@@ -1007,41 +1125,123 @@ def url_of(sock: socket.socket) -> str:
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
-# %% ../nbs/16_server.ipynb #81396d4e
+# %% ../nbs/16_server.ipynb #283a1129
 NOT_HTTP = json.dumps(APIError(400, 'This is not a valid HTTP request.', code='invalid_http').body()).encode()
+RAW_400 = b'HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s' % (len(NOT_HTTP), NOT_HTTP)
+IDLE_SECONDS = 30.0  # a connection on which no request begins, or none is completed, is closed after this time
 
+class Clock:
+    "A part of uvicorn's protocol class: closes the connection when nothing is being answered on it for `IDLE_SECONDS`. `since`: when that began."
+    clock, begun, since = None, False, 0.0
+    waiting = property(lambda self: self.cycle is None or self.cycle.response_complete, doc='Whether a request is waited for.')
+
+    def set_clock(self) -> None:
+        "Start from zero."
+        self.stop_clock()
+        self.clock = self.loop.call_later(IDLE_SECONDS, lambda: self.waiting and self.transport.close())
+
+    def stop_clock(self) -> None:
+        "Stop."
+        if self.clock: self.clock.cancel()
+
+# %% ../nbs/16_server.ipynb #e1c23f77
+@functools.cache
+def clocked(base: type) -> type:
+    "uvicorn's protocol class `base` with a `Clock`, and JSON for what is not HTTP."
+    class Clocked(Clock, base):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.since = self.loop.time()
+            self.set_clock()
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.stop_clock()
+            super().connection_lost(exc)
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if not self.waiting: self.stop_clock()
+            elif not self.begun: self.set_clock()
+            self.begun = self.waiting
+        def on_response_complete(self) -> None:
+            self.begun, self.since = False, self.loop.time()
+            super().on_response_complete()
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(RAW_400)
+            self.transport.close()
+    return Clocked
+
+# %% ../nbs/16_server.ipynb #3481cfd3
 def make_server(app: Any) -> Any:
-    "A uvicorn server that leaves signals to us and says in JSON that a request was not HTTP."
+    "A uvicorn server that leaves signals to us, closes idle connections and says in JSON that a request was not HTTP."
     import uvicorn
-    config = uvicorn.Config(app, ws='none', log_level='warning', access_log=False, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, ws='none', log_level='warning', access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=2)
     config.load()
-    raw = b'HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s' % (len(NOT_HTTP), NOT_HTTP)
-    def send_400_response(self, msg: str) -> None:
-        self.transport.write(raw)
-        self.transport.close()
-    config.http_protocol_class = type('Protocol', (config.http_protocol_class,), {'send_400_response': send_400_response})
+    config.http_protocol_class = clocked(config.http_protocol_class)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext
     return server
 
 # %% ../nbs/16_server.ipynb #17674476
+def shed(connections: Iterable) -> int:
+    "Close the quarter of the idle connections that has been idle longest; returns how many."
+    idle = sorted((c for c in connections if c.waiting), key=lambda c: c.since)
+    for c in idle[:(len(idle) + 3) // 4]: c.transport.close()
+    return (len(idle) + 3) // 4
+
+def when_full(connections: Iterable) -> Callable:
+    "A handler for asyncio's loop that sheds connections, once a second, where no more can be accepted."
+    shed_at, said_at = -60.0, -60.0
+    def handle(loop: Any, context: dict) -> None:
+        nonlocal shed_at, said_at
+        if 'socket.accept()' not in context.get('message', ''): return loop.default_exception_handler(context)
+        if (now := loop.time()) < shed_at + 1: return
+        shed_at, n = now, shed(connections)
+        if now < said_at + 60: return
+        said_at = now
+        print(f'no more connections can be opened ({context.get("exception")}); {n} idle ones were closed. ulimit -n raises the limit', file=sys.stderr)
+    return handle
+
+# %% ../nbs/16_server.ipynb #57314248
+def more_files(wanted: int = 4096) -> int | None:
+    "Let this process open `wanted` files, or as many as it may; returns how many, None where that cannot be asked (Windows)."
+    try: import resource
+    except ImportError: return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < (most := wanted if hard == unlimited else min(wanted, hard)):
+        with contextlib.suppress(OSError, ValueError): resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+# %% ../nbs/16_server.ipynb #3c44db2f
 async def drained(service: Service, seconds: float) -> bool:
     "Wait until nothing is being answered, at most `seconds`; whether that was reached."
     end = time.monotonic() + seconds
-    while service.open or service.pool.unfinished():
+    while service.busy():
         if time.monotonic() > end: return False
         await asyncio.sleep(.02)
     return True
 
 # %% ../nbs/16_server.ipynb #07b8ed3a
+def close_door(service: Service) -> None:
+    "Take no new requests; those whose bodies are on their way hear so."
+    service.pool.draining = True
+    for gate in list(service.arriving): gate.call_in(closing)
+
 async def stop_gently(service: Service, server: Any, seconds: float) -> None:
     "Take no new requests, finish what is running within `seconds`, cut off the rest, and end the server."
-    service.pool.draining = True
+    close_door(service)
     if not await drained(service, seconds):
         print(f'some answers were cut off after {seconds:g} s', file=sys.stderr)
         await asyncio.to_thread(service.pool.close, drain=False, timeout=2)
         await drained(service, 2)
     end_now(server, 2)
+
+async def stop_soon(service: Service, server: Any, seconds: float = 1.0) -> None:
+    "Cut off what is running, give `seconds` to say so, and end the server."
+    close_door(service)
+    cut = asyncio.create_task(asyncio.to_thread(service.pool.close, drain=False))  # returns when the model's step is done
+    await drained(service, seconds)
+    end_now(server, 0)
+    await cut
 
 def end_now(server: Any, seconds: int) -> None:
     "End the server; open pages, which would listen forever, get `seconds` to leave. uvicorn would report each with a traceback."
@@ -1050,11 +1250,12 @@ def end_now(server: Any, seconds: int) -> None:
 
 # %% ../nbs/16_server.ipynb #54b42269
 async def run_server(app: Any, service: Service, sock: socket.socket, drain_seconds: float = 30.0, ready: Callable = lambda: None, signals: bool = True) -> None:
-    "Serve until a signal comes (SIGINT or SIGTERM), then end gently; a second signal ends at once."
+    "Serve until a signal comes (SIGINT or SIGTERM), then end gently; a second signal cuts off what is running, a third waits for nothing."
     server, loop, ending = make_server(app), asyncio.get_running_loop(), []
+    loop.set_exception_handler(when_full(server.server_state.connections))
     def on_signal() -> None:
-        if ending: end_now(server, 0)
-        else: ending.append(loop.create_task(stop_gently(service, server, drain_seconds)))
+        if len(ending) > 1: return end_now(server, 0)
+        ending.append(loop.create_task(stop_soon(service, server) if ending else stop_gently(service, server, drain_seconds)))
     for s in (signal.SIGINT, signal.SIGTERM) if signals else (): signal.signal(s, lambda *_: loop.call_soon_threadsafe(on_signal))
     service.stop = lambda: loop.call_soon_threadsafe(on_signal)
     task = asyncio.create_task(server.serve(sockets=[sock]))
@@ -1065,6 +1266,7 @@ async def run_server(app: Any, service: Service, sock: socket.socket, drain_seco
 # %% ../nbs/16_server.ipynb #f3cba765
 def serve(app: Any, service: Service, sock: socket.socket, drain_seconds: float = 30.0, ready: Callable = lambda: None) -> None:
     "Serve in this thread until a signal ends it, and close the workers."
+    more_files()
     try: asyncio.run(run_server(app, service, sock, drain_seconds, ready))
     finally: service.pool.close(drain=False, timeout=2)
 

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from nanochat.chat import Answer, Sampling, progress_line, prompt_ids, reply, trimmed_note, with_answer, with_question, without_last
 from nanochat.common import UserError
@@ -72,6 +73,53 @@ def test_old_turns_go_first_and_the_system_message_stays(tok):
     assert {0, 2} < seen
     with pytest.raises(UserError, match='shorten'): prompt_ids(tok, talk, 20)
     with pytest.raises(UserError, match='nothing to answer'): prompt_ids(tok, [], 20)
+
+
+def quadratic(tok, messages, limit, reserve=64):
+    """`prompt_ids` in the plain way: render, drop a pair, render again."""
+    head, turns = (messages[:1], messages[1:]) if messages and messages[0]['role'] == 'system' else ([], messages)
+    reserve = min(reserve, limit // 2)
+    for dropped in range(0, len(turns), 2):
+        ids = tok.render_for_completion({'messages': head + turns[dropped:]})
+        if len(ids) + reserve <= limit: return ids, dropped
+    if not turns: raise UserError('there is nothing to answer; add a user message')
+    raise UserError(f'this message takes {len(ids)} tokens, and the model reads at most {limit - reserve}; please shorten it')
+
+
+def outcome(fn, *args):
+    try: return fn(*args)
+    except UserError as e: return str(e)
+
+
+TOK = make_tokenizer()
+SAYINGS = st.lists(st.sampled_from(['the quick ', 'x', '\n', '\n\n', ' ', '===', '.\n\n', '🦜', '7', '\r\n', '\t ']), max_size=8).map(''.join)
+PARTS = st.lists(st.builds(dict, type=st.sampled_from(['text', 'python', 'python_output']), text=SAYINGS), max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(SAYINGS, SAYINGS | PARTS), max_size=9), SAYINGS | st.none(), SAYINGS | st.none(), st.integers(1, 200), st.integers(1, 64), st.integers(0, 30))
+def test_trimming_is_that_of_the_plain_way(pairs, last, system, limit, reserve, wrong):
+    """Ids, dropped turns and errors are those of rendering again and again, for well-formed and malformed conversations."""
+    talk = [{'role': r, 'content': c} for pair in pairs for r, c in zip(('user', 'assistant'), pair)]
+    if last is not None: talk.append({'role': 'user', 'content': last})
+    if wrong < len(talk) and wrong % 5 == 0: talk[wrong]['role'] = 'user'
+    if system is not None: talk.insert(0, {'role': 'system', 'content': system})
+    assert outcome(prompt_ids, TOK, talk, limit, reserve) == outcome(quadratic, TOK, talk, limit, reserve)
+
+
+def test_trimming_reads_each_turn_a_few_times_only(tok, monkeypatch):
+    """499 messages of 64 characters, with a long system message: what is encoded is a small multiple of the conversation, not 250 times."""
+    for length, limit in ((0, 256), (0, 4096), (6000, 8000), (6000, 6700)):
+        talk = [{'role': 'system', 'content': 'be kind ' * (length // 8)}] + [{'role': ('user', 'assistant')[i % 2], 'content': 'héé ' * 16} for i in range(499)]
+        read, ids = 0, type(tok)._ids
+        def counted(self, text):
+            nonlocal read
+            read += len(text)
+            return ids(self, text)
+        with monkeypatch.context() as m:
+            m.setattr(type(tok), '_ids', counted)
+            _, dropped = prompt_ids(tok, talk, limit)
+        assert dropped > 300 and read < 6 * sum(len(m['content']) for m in talk), (length, limit, read)
 
 
 def test_reply_never_exceeds_the_context(tok):

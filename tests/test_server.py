@@ -1,5 +1,5 @@
 """The server's endpoints: a real process asked by the official client and by sockets, and the same application in a thread where a test must reach inside."""
-import asyncio, json, math, subprocess, sys, time, urllib.request
+import asyncio, json, math, subprocess, sys, threading, time, urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -201,6 +201,25 @@ def test_bad_fields(web, field, value):
     assert error['param'] == field and field in error['message']
 
 
+HALF = '\ud800'
+
+
+@pytest.mark.parametrize('body, status', [({'model': HALF}, 404), ({HALF: 1}, 400), ({'messages': [{'role': 'user', 'content': 'x', HALF: 1}]}, 400), ({'messages': [{'role': HALF, 'content': 'x'}]}, 400), ({'messages': [{'role': 'user', 'content': HALF}]}, 400),
+                                          ({'messages': [{'role': 'user', 'content': [{'type': HALF, 'text': 'x'}]}]}, 400), ({'stream_options': {HALF: 1}}, 400), ({'seed': HALF}, 400)])
+@pytest.mark.parametrize('path', ['/v1/chat/completions', '/chat/completions'])
+def test_half_surrogate_pairs(web, path, body, status):
+    """JSON can spell them and UTF-8 cannot: quoted in an error they must not break it."""
+    got, answer, _ = web.post(path, ask() | body)
+    if path == '/chat/completions' and not {'model', 'messages', 'seed'} & set(body): assert got == 200     # the public form overlooks other fields
+    else: check_error(got, answer, status)
+
+
+def test_parts_that_are_no_text(web):
+    for part, words in (({'type': 'image_url', 'image_url': {'url': 'data:'}}, 'text only, not image_url'), ({'type': 'text'}, "needs a 'text'"), ('x', 'text only, not str')):
+        for parts in ([part], [{'type': 'text', 'text': 'see'}, part]):
+            assert words in check_error(*web.post('/v1/chat/completions', {'messages': [{'role': 'user', 'content': parts}]})[:2], 400)['message']
+
+
 def test_fields_that_change_nothing(web):
     answer = web.post('/v1/chat/completions', ask(user='me', store=False, metadata={'a': 'b'}, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, tools=None, tool_choice='auto', n=None, top_p=None, stop=None, seed=None, max_tokens=None, top_k=None, response_format={'type': 'text'}))
     assert answer[0] == 200 and answer[1]['choices'][0]['message']['content'] == SAID
@@ -371,6 +390,153 @@ def test_slow_body(known, monkeypatch):
     with running(known) as r, Wire(int(r.url.split(':')[-1])) as w:
         w.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{')
         assert b' 408 ' in w.read_until(b'request_timeout')
+
+
+def port_of(r): return int(r.url.split(':')[-1])
+def head(path, length, method='POST'): return f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n'.encode()
+
+
+def closed_after(wires, drip, seconds):
+    """Which wires the server has closed after so many seconds in which `drip` was sent to each now and then; what they were answered is in their `data`."""
+    end, gone = time.monotonic() + seconds, set()
+    for w in wires: w.socket.settimeout(.01)
+    while time.monotonic() < end and len(gone) < len(wires):
+        for i, w in enumerate(wires):
+            if i in gone: continue
+            try:
+                if drip[i]: w.send(drip[i])
+                if new := w.socket.recv(65536): w.data += new
+                else: gone.add(i)
+            except TimeoutError: pass
+            except OSError: gone.add(i)
+        time.sleep(.02)
+    return gone
+
+
+def test_idle_connections_are_closed(known, monkeypatch):
+    """Nothing sent, half a head, a head that drips, a body that nobody reads, an idle keep-alive: all are closed, and the server lives."""
+    monkeypatch.setattr(server, 'IDLE_SECONDS', .3)
+    health, half = b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n', b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+    sent = [(b'', b''), (half, b''), (half + b'X-A: ', b'a'), (health, b''), (health + b'GET /he', b''), (health + half + b'X-A: ', b'a'), (head('/nothing', 9999), b'a')]
+    with running(known) as r:
+        wires = [Wire(port_of(r)) for _ in sent]
+        for w, (first, _) in zip(wires, sent): w.send(first)
+        assert closed_after(wires, [d for _, d in sent], 5) == set(range(len(sent)))
+        assert [b'200 OK' in w.data for w in wires] == [health in first for first, _ in sent]
+        for w in wires: w.close()
+        assert get(r.url + '/health')[0] == 200
+
+
+def test_the_clock_leaves_who_is_busy(known, monkeypatch):
+    """Answers that take longer than an idle connection may live, a client that asks again and again on one connection, and an event stream of the page."""
+    from nanochat import engine
+    monkeypatch.setattr(server, 'IDLE_SECONDS', .3)
+    take = engine.Batch.take
+    monkeypatch.setattr(engine.Batch, 'take', lambda batch: time.sleep(.04) or take(batch))
+    service = service_of((known[0], endless_model(known[0])))
+    app = build_app(service)
+    @app.get('/events')
+    async def quiet():
+        from starlette.responses import StreamingResponse
+        async def later():
+            yield b'begun'
+            await asyncio.sleep(1)
+            yield b'ended'
+        return StreamingResponse(later())
+    with Running(app, service) as r:
+        wires = [Wire(port_of(r)).post('/v1/chat/completions', ask(max_tokens=30, stream=s)) for s in (True, False)] + [Wire(port_of(r))]
+        wires[2].send(b'GET /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+        with Wire(port_of(r)) as polite:
+            for _ in range(8):
+                polite.send(head('/health', 0, 'GET'))
+                polite.read_until(b'"uptime"')
+                polite.data = b''
+                time.sleep(.15)
+        for w, last in zip(wires, (b'[DONE]', b'"finish_reason": "length"', b'ended')): assert last in w.read_until(last) and w.close() is None
+
+
+def test_slow_bodies_for_the_page(known, monkeypatch):
+    """Routes that read their bodies themselves, as Gradio's do, are behind the same clock; one that has begun to answer is not."""
+    monkeypatch.setattr(server, 'BODY_SECONDS', .2)
+    service = service_of(known)
+    app = build_app(service)
+    @app.post('/page/join')
+    async def join(data: dict): return data
+    with Running(app, service) as r:
+        assert post(r.url + '/page/join', {'a': 1})[1] == {'a': 1}
+        with Wire(port_of(r)) as silent, Wire(port_of(r)) as dripping:
+            for w in (silent, dripping): w.send(head('/page/join', 999) + b'{')
+            assert closed_after([silent, dripping], [b'', b' '], 5) == {0, 1}
+            for w in (silent, dripping): assert b' 408 ' in w.data and check_error(408, json.loads(w.data.split(b'\r\n\r\n')[1]))['code'] == 'request_timeout'
+
+
+def test_more_files():
+    resource = pytest.importorskip('resource', reason='no limits on files here')
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+        assert server.more_files(200) == 300 and server.more_files(400) == 400
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+class Reading:
+    """A running server whose reading of long requests can be held; `begun` holds the sizes of those that were begun."""
+    def __init__(self, known, monkeypatch, **kw):
+        self.hold, self.begun, admit = threading.Event(), [], server.admit
+        def slowly(service, body, public):
+            if len(body) >= server.LONG_BODY:
+                self.begun.append(len(body))
+                self.hold.wait(20)
+            return admit(service, body, public)
+        monkeypatch.setattr(server, 'admit', slowly)
+        self.service = service_of(known, **kw)
+        self.running = Running(build_app(self.service), self.service)
+
+    def long(self, **kw): return Wire(port_of(self.running)).post('/v1/chat/completions', ask(trim=True, max_tokens=200, **kw) | {'messages': talk(499, 40)})
+    def __enter__(self): return self
+    def __exit__(self, *exc):
+        self.hold.set()
+        self.running.close()
+
+
+def test_long_requests_hold_up_nobody(known, monkeypatch):
+    """While one is read and others wait, a question of one line is answered; of too many the last are told to come back."""
+    with Reading(known, monkeypatch, slots=32, max_waiting=32) as r:
+        most = r.service.long.most
+        wires = [r.long() for _ in range(most)]
+        wait_for(lambda: len(r.service.long.work) == most)
+        assert post(r.running.url + '/v1/chat/completions', ask())[1]['choices'][0]['message']['content'] == SAID
+        with r.long() as late: assert b' 429 ' in late.read_until(b'rate_limit_exceeded') and b'retry-after: 1' in late.data
+        r.hold.set()
+        for w in wires: assert b' 200 ' in w.read_until(b'"usage"')
+
+
+def test_who_leaves_the_line_is_not_read(known, monkeypatch):
+    """Of clients who leave while their requests wait, none is begun; the job of the one that was begun is closed."""
+    with Reading((known[0], endless_model(known[0])), monkeypatch) as r:
+        wires = [r.long() for _ in range(6)]
+        wait_for(lambda: len(r.service.long.work) == 6)
+        for w in wires: w.close()
+        wait_for(lambda: len(r.service.long.work) == 1)
+        assert r.service.busy()
+        r.hold.set()
+        wait_for(lambda: r.service.pool.stats()['cancelled'] == 1 and not r.service.busy())
+        assert len(r.begun) == 1 and r.service.pool.stats()['submitted'] == 1
+        assert server.stats(r.service)['open_answers'] == 0
+
+
+def test_who_has_heard_nothing_hears_why(known):
+    """A route that is cut off at the end before it answered: 503 in JSON, where uvicorn says Internal Server Error."""
+    service = service_of(known)
+    app = build_app(service)
+    @app.get('/endless')
+    async def endless(): await asyncio.sleep(60)
+    with Running(app, service) as r, Wire(port_of(r)) as w:
+        w.send(b'GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        time.sleep(.1)
+        for _ in range(2): service.stop()
+        status, body = w.read_until(b'server_shutdown').split(b'\r\n\r\n')
+        check_error(int(status.split()[1]), json.loads(body), 503)
 
 
 def test_two_workers(known):

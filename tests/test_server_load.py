@@ -195,6 +195,29 @@ def test_a_disconnect_frees_the_slot_within_one_token(tok, monkeypatch, stream):
     finally: s.running.close()
 
 
+def test_idle_crowds_are_let_go(web):
+    """More idle connections than files the process may open: the oldest give way within seconds, and the log does not grow."""
+    resource = pytest.importorskip('resource', reason='no limits on files here')
+    if not hasattr(resource, 'prlimit'): pytest.skip('the limits of another process can be set on Linux only')
+    before, files, lines = resource.prlimit(web.process.pid, resource.RLIMIT_NOFILE), psutil.Process(web.process.pid).num_fds(), len(web.errors().splitlines())
+    resource.prlimit(web.process.pid, resource.RLIMIT_NOFILE, (files + 60, before[1]))
+    crowd = []
+    try:
+        for i in range(90):
+            crowd.append(Wire(web.port))
+            crowd[-1].send(b'GET / HTTP/1.1\r\n' * (i % 2))
+        wait_for(lambda: len(web.errors().splitlines()) > lines)
+        with Wire(web.port) as w:
+            w.send(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            w.socket.settimeout(10)     # the crowd would be closed after 30 s
+            assert b'200 OK' in w.read_until(b'uptime')
+        assert len(web.errors().splitlines()) == lines + 1 and 'no more connections' in web.errors() and 'Traceback' not in web.errors()
+    finally:
+        resource.prlimit(web.process.pid, resource.RLIMIT_NOFILE, before)
+        for w in crowd: w.close()
+    idle(web)
+
+
 def test_sigterm_in_mid_stream(web):
     """The door closes, the answer is finished to its [DONE] even for a reader who pauses, the process leaves with 0. It is the process of the tests above, which need it no more."""
     with Wire(web.port, receive_buffer=2048) as w:
@@ -226,3 +249,26 @@ def test_drain_is_bounded_and_a_second_signal_ends_at_once(base):
         start = time.monotonic()
         p.signal(signal.SIGTERM)
         assert p.process.wait(10) == 0 and time.monotonic() - start < 5 and 'Traceback' not in p.errors(), p.errors()
+
+
+def test_nobody_is_left_without_a_word(base):
+    """A request half sent at the first signal, and at the second one that streams, those that wait, and one that reads nothing: each hears why, in JSON or as an event."""
+    with Process(base, '--drain-seconds', '60', '--slots', '1', '--pace', '0', warm=True) as p:
+        half, stream, *waiting = [Wire(p.port) for _ in range(8)]
+        stream.post('/v1/chat/completions', chat(1, stream=True, max_tokens=4000)).read_until(b'"content":"')
+        for i, w in enumerate(waiting): w.post('/v1/chat/completions', chat(i, max_tokens=2000, n=2))
+        wait_for(lambda: p.worker()['waiting'] == 2 * len(waiting))
+        half.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{')
+        time.sleep(.2)
+        p.signal(signal.SIGTERM)
+        said = [half.read_until(b'server_shutdown')]
+        start = time.monotonic()
+        p.signal(signal.SIGTERM)
+        said += [w.read_until(b'server_shutdown') for w in waiting]
+        for raw in said:
+            status, body = raw.split(b'\r\n\r\n')
+            check_error(int(status.split()[1]), json.loads(body), 503)
+        tail = stream.read_all()
+        assert tail.endswith(b'0\r\n\r\n') and check_error(503, json.loads(tail.split(b'\r\n')[-4].removeprefix(b'data: ')))['code'] == 'server_shutdown'
+        assert p.process.wait(10) == 0 and time.monotonic() - start < 5 and 'Traceback' not in p.errors(), p.errors()
+        for w in (half, stream, *waiting): w.close()

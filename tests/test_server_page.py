@@ -35,6 +35,10 @@ def test_page_and_api_share_a_port(web):
     check_error(*post(web.url + '/gradio_api/queue/join', b'[' * 10_000)[:2])
     check_error(*post(web.url + '/gradio_api/queue/join', b' ' * (2**20 + 1))[:2], 413)
     check_error(*get(web.url + '/', Host='evil.example')[:2], 421)
+    for path in ('run/anything', 'call/answer', 'api/x'): check_error(*post(f'{web.url}/gradio_api/{path}', {'data': []})[:2], 404)
+    error = check_error(*post(web.url + '/gradio_api/cancel', {'data': []})[:2], 422)
+    assert error['message'].startswith('body.session_hash: Field required; ') and '{' not in error['message']
+    assert 'Traceback' not in web.errors(), web.errors()
 
 
 def test_in_a_browser_until_the_end(web, page):
