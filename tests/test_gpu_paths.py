@@ -232,8 +232,12 @@ def test_only_cuda_copies_without_waiting(monkeypatch):
     to, flags = torch.Tensor.to, []
     monkeypatch.setattr(torch.Tensor, 'to', lambda self, *args, non_blocking=False, **kw: (flags.append(non_blocking), to(self, *args, **kw))[1])
     engine = Engine(random_gpt(), ByteTokenizer(), in_c=False)
-    list(Decoder(engine.runner(), engine.tokenizer, Requests([[1, 2, 3]], [5], [0], 1, Draw()), 1, ahead=True).steps())
-    assert flags and not any(flags)
+    decoder = Decoder(engine.runner(), engine.tokenizer, Requests([[1, 2, 3]], [6], [0], 1, Draw()), 1, ahead=True)
+    steps = decoder.steps()
+    next(steps)
+    decoder.batch.rows[0].tools.forced.extend([7, 8])   # as after a tool's answer
+    said = [row.token for step in steps for row, _ in step]
+    assert said[:2] == [7, 8] and len(flags) > 6 and not any(flags)
 
 
 # --- devices and compilers -------------------------------------------------------------------------------------------
