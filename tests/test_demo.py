@@ -1,5 +1,5 @@
 """The chat page: what it shows, whose Stop it is, conversations that stay in the browser; and the page itself in a real Chromium, asking nothing of the outside."""
-import functools, json, os, re, shutil, subprocess, sys, threading, time
+import contextlib, functools, json, os, re, shutil, subprocess, sys, threading, time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.chat import Sampling, with_question
 from nanochat.common import UserError
-from nanochat.demo import EXAMPLES, MOST_CHARACTERS, MOST_MESSAGES, Frame, Stops, Touch, before_question, bubbles, converse, plain_question, recalled, sampling_of, typed
+from nanochat.demo import EXAMPLES, MOST_CHARACTERS, MOST_MESSAGES, MOST_SEED, Frame, Touch, Turn, Turns, before_question, bubbles, converse, plain_question, recalled, sampling_of, typed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_actor import Parrot, make_tokenizer
@@ -73,6 +73,7 @@ def test_old_turns_leave_with_a_note(tok):
 
 def test_form_values():
     assert sampling_of(None, None, None, None, None) == Sampling() and sampling_of(1, 3.0, 7.0, 9.0, .5) == Sampling(1.0, 3, 7, 9, .5)
+    assert [sampling_of(1, 3, seed).seed for seed in (10**20, -10**20, MOST_SEED, -5)] == [MOST_SEED, -MOST_SEED, MOST_SEED, -5]
 
 
 EVIL = '<img src=http://e/x.png>![x](http://e/y.png)</div><!--&lt;'
@@ -120,16 +121,23 @@ def test_what_a_browser_sends_is_checked():
     assert 2 < len(recalled([*pair, *large * 30])) < 60 and recalled([*large * 30, *pair])[-2:] == pair
 
 
-def test_stops_are_per_session():
-    stops = Stops()
-    first = stops.start('a')
-    other, second = stops.start('b'), stops.start('a')   # a new answer ends the old one of the same session
-    assert first.is_set() and not second.is_set() and not other.is_set() and len(stops) == 2
-    assert not stops.finish('a', first) and stops.finish('a', second) and not stops.running('a')
-    stops.stop('b')
-    assert other.is_set() and not stops.running('b') and stops.get('b') is other
-    stops.leave('b')
-    assert len(stops) == 0 and stops.get('b').is_set()
+def test_turns_are_per_session():
+    turns, (first, other, second) = Turns(), [Turn(Frame([]), stage='asked') for _ in range(3)]
+    turns.start('a', first), turns.start('b', other), turns.start('a', second)   # a new answer ends the old one of the same session
+    assert first.stopped.is_set() and not second.stopped.is_set() and not other.stopped.is_set() and len(turns) == 2
+    assert turns.take('a') is second and turns.take('a') is None and turns.running('a')    # one answer each
+    assert not turns.show('a', first, Frame([])) and turns.show('a', second, Frame([]), 'over') and not turns.running('a') and turns.take('a') is None
+    turns.stop('b')
+    assert other.stopped.is_set() and not turns.running('b') and turns.take('b') is other   # who was stopped while waiting is told so
+    turns.leave('b')
+    assert len(turns) == 0 and turns.get('b') is None
+
+
+def test_turns_are_not_kept_for_ever():
+    turns, made = Turns(most=3), [Turn(Frame([]), stage='asked') for _ in range(5)]
+    for n, turn in enumerate(made[:4]): turns.start(f's{n}', turn)
+    turns.start('s1', made[4])
+    assert [n for n in range(4) if turns.get(f's{n}')] == [1, 2, 3] and [t.stopped.is_set() for t in made] == [True, True, False, False, False]
 
 
 @pytest.fixture
@@ -138,42 +146,100 @@ def touch(tok, tmp_path):
     return Touch(gr, Parrot(tok, tmp_path/'log', 0, repeat=2), places=2)
 
 
-SETTINGS = (None, .3, 50, 42, 256, 1.)
+FORM = (None, .3, 50, 42, 256, 1.)     # system prompt and settings
+EVENT = SimpleNamespace(value='  \u200b ', index=0)
+
+
+def same(outputs, touch): return list(outputs[:-1]) == list(touch.nothing[:-1])
+
 
 def test_an_answer_that_was_replaced_says_nothing_more(touch):
-    """Undo, New chat, a retry: what an old answer still wants to say must not overwrite the page."""
-    _, _, _, _, _, text, _ = touch.ask('s', None, 'fox', [])
-    old = touch.answer('s', None, [], text, *SETTINGS)
+    """Undo, New chat, a retry: what an old answer still wants to say must not overwrite the page. Its last word leaves everything as it is: Gradio repeats it."""
+    touch.ask('s', None, 'fox', [], *FORM)
+    old = touch.answer('s', None)
     next(old)
     touch.new('s', None)
-    assert list(old) == []
-    touch.ask('s', None, 'fox', [])
-    old = touch.answer('s', None, [], text, *SETTINGS)
+    words = list(old)
+    assert len(words) == 1 and same(words[0], touch) and words[0] != touch.nothing   # but it asks for the page as it should be
+    touch.ask('s', None, 'fox', [], *FORM)
+    old = touch.answer('s', None)
     next(old)
-    touch.begin('s', [], 'another')
-    assert list(old) == [] and touch.stops.running('s')
-    *_, last = touch.answer('s', None, [], 'another', *SETTINGS)
-    assert last[0][0]['content'] == 'another' and not touch.stops.running('s')
+    touch.begin('s', [], 'another', *FORM)
+    assert all(same(word, touch) for word in old) and touch.turns.running('s')
+    *_, last, word = touch.answer('s', None)
+    assert last[0][0]['content'] == 'another' and same(word, touch) and not touch.turns.running('s')
+
+
+def test_every_click_ends_in_the_page_as_it_should_be(touch):
+    """What `settle` shows at each moment, and that all that paints asks for it."""
+    assert touch.settle('s', None) == touch.nothing                 # nothing was done yet
+    asked = touch.ask('s', None, 'fox', [], *FORM)
+    assert touch.settle('s', None)[:5] == asked[:5] and touch.settle('s', None)[6] == touch.gr.skip()    # it asks for no other
+    answer = touch.answer('s', None)
+    frame = next(answer)
+    assert touch.settle('s', None) == touch.nothing and frame[6] == touch.gr.skip()       # an answer paints itself
+    *_, last, word = answer
+    assert touch.settle('s', None)[1:5] == last[1:5] and last[0][-1]['role'] == 'assistant'
+    undone = touch.undo('s', None, [])
+    assert touch.settle('s', None)[:5] == undone[:5] and undone[2]['value'] == 'fox' and undone[0] == []
+    counts = [asked[6], word[6], undone[6], touch.new('s', None)[6]]
+    assert counts == sorted(set(counts))                            # each differs from the one before
+
+
+def test_what_is_undone_is_what_the_page_shows(touch):
+    """The browser's copy lags behind: it knows nothing of a question that is being read, or of a click a moment ago."""
+    before = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    asked = touch.ask('s', None, 'fox', before, *FORM)
+    assert asked[0] == before and asked[1][-1]['content'] == 'fox'
+    again = touch.retry('s', None, before, *FORM)
+    assert again[1][-1]['content'] == 'fox' and again[0] == before
+    undone = touch.undo('s', None, before)
+    assert undone[0] == before and undone[2]['value'] == 'fox'
+    assert touch.undo('s', None, before)[0] == [] and touch.undo('s', None, before)[0] == []
+
+
+def test_nothing_is_asked_with_nothing(touch):
+    """An empty box, and a question edited to nothing: no page, no conversation and no running answer is lost."""
+    before = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    assert all(touch.ask('s', None, text, before, *FORM) == touch.nothing for text in ('', '  ', None))
+    assert list(touch.answer('s', None)) == [touch.nothing]         # what Gradio starts then; without a yield it would empty the page
+    kept, chat, _, status, *_ = touch.edit('s', EVENT, before, *FORM)
+    assert kept == before and chat == bubbles(before) and 'stays as it was' in status and list(touch.answer('s', None)) == [touch.nothing]
+    touch.ask('s', None, 'fox', before, *FORM)
+    answer = touch.answer('s', None)
+    frame = next(answer)
+    assert touch.edit('s', EVENT, before, *FORM)[1] == frame[1] and touch.turns.running('s')
+    *_, last, _ = answer
+    assert last[0][:2] == before and len(last[0]) == 4
+
+
+def test_a_huge_seed(touch, tmp_path):
+    """No number leaves the page that Gradio cannot send."""
+    before, huge = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}], (None, .3, 50, 10**20, 256, 1.)
+    assert touch.ask('s', None, 'fox', before, *huge)[5] == MOST_SEED
+    list(touch.answer('s', None))
+    assert said(tmp_path/'log', event='start')[-1]['seed'] == MOST_SEED
+    assert touch.retry('s', None, before, *huge)[5] == 0 and touch.retry('s', None, before, *FORM)[5] == 43
 
 
 def test_stop_before_the_first_token(touch, tmp_path):
     """While waiting for a free place Stop works too, and the question comes back."""
-    touch.ask('s', None, 'fox', [])
+    touch.ask('s', None, 'fox', [], *FORM)
     touch.stop('s', None)
-    *_, last = touch.answer('s', None, [], 'fox', *SETTINGS)
+    *_, last, _ = touch.answer('s', None)
     assert last[0] == [] and last[2]['value'] == 'fox' and 'before it began' in last[3] and not (tmp_path/'log').exists()
-    assert touch.ask('s', None, 'again', [])[5] == 'again'     # and the page is free again
+    assert touch.ask('s', None, 'again', [], *FORM)[1][-1]['content'] == 'again'     # and the page is free again
 
 
 def test_a_visitor_who_left_is_not_answered(touch, tmp_path):
-    touch.ask('s', None, 'fox', [])
+    touch.ask('s', None, 'fox', [], *FORM)
     touch.leave('s', None)
-    assert list(touch.answer('s', None, [], 'fox', *SETTINGS)) == [] and not (tmp_path/'log').exists()
+    assert list(touch.answer('s', None)) == [touch.nothing] and not (tmp_path/'log').exists()
 
 
 def test_who_waits_is_told(touch):
-    assert [touch.begin(name, [], 'q')[3] for name in 'abc'] == ['reading …', 'reading …', 'waiting for a free place …']
-    assert all(touch.ask('a', None, text, [])[5] == '' for text in ('', '  ', None, 'impatient'))
+    assert [touch.begin(name, [], 'q', *FORM)[3] for name in 'abc'] == ['reading …', 'reading …', 'waiting for a free place …']
+    assert touch.ask('a', None, 'impatient', [], *FORM) == touch.nothing
 
 
 @pytest.fixture(scope='module')
@@ -339,6 +405,17 @@ class Visitor:
         try: wait_for(lambda: seen() == wanted)
         except AssertionError: assert seen() == wanted
 
+    @contextlib.contextmanager
+    def answered(self, count):
+        """Do something and wait until Gradio has taken this many events of it."""
+        seen = []
+        note = lambda r: '/queue/join' in r.url and seen.append(r)
+        self.page.on('response', note)
+        yield
+        wait_for(lambda: len(seen) >= count or self.page.wait_for_timeout(10))
+        self.page.wait_for_timeout(100)
+        self.page.remove_listener('response', note)
+
     def growing(self, text=''):
         self.page.wait_for_selector('#box .stop-button')
         self.page.locator('[data-testid="bot"]', has_text=text).last.wait_for()
@@ -427,6 +504,126 @@ def test_retry_undo_edit(visitor, server):
     v.page.wait_for_selector('#chat .examples')
     v.shows(questions=[])
     wait_for(lambda: v.page.locator('#chat .example').count() == len(EXAMPLES))
+
+
+def test_an_empty_box_changes_nothing(visitor, server):
+    """Enter and Send with nothing to say: the conversation stays on the page, in the browser and for the next question."""
+    v = visitor()
+    v.ask('brief kept')
+    for text, send in (('', lambda: v.page.press('#box textarea', 'Enter')), ('   ', lambda: v.page.press('#box textarea', 'Enter')), ('', lambda: v.page.click('#box .submit-button'))):
+        v.page.fill('#box textarea', text)
+        with v.answered(2): send()
+        v.shows(questions=['brief kept'], answers=['brief kept🦜'], box=text)
+        assert ' tokens · ' in v.status
+    v.ask('brief next')
+    v.shows(questions=['brief kept', 'brief next'])
+    assert 'brief kept' in said(server.log, event='start', question='brief next')[0]['prompt']
+
+
+def test_an_edit_to_nothing(visitor, server):
+    v = visitor()
+    for n in range(2): v.ask(f'brief blank {n}')
+    v.page.hover('[data-testid="user"] >> nth=0')
+    v.page.click('button[aria-label="Edit"] >> nth=0')
+    v.page.locator('#chat textarea').fill('  ')
+    v.page.click('button[aria-label="Submit"]')
+    assert 'stays as it was' in v.told('empty question')
+    v.shows(questions=['brief blank 0', 'brief blank 1'], answers=['brief blank 0🦜', 'brief blank 1🦜'])
+    v.reload()
+    v.shows(questions=['brief blank 0', 'brief blank 1'])
+
+
+def test_a_seed_beyond_64_bits(visitor, server):
+    v = visitor()
+    field = v.page.get_by_role('spinbutton', name='Seed')
+    v.page.click('#settings .toggle-button')
+    field.fill('99999999999999999999')
+    v.page.keyboard.press('Tab')
+    v.page.click('#settings .toggle-button')
+    v.ask('brief seed')
+    wait_for(lambda: field.input_value() == str(MOST_SEED))
+    v.begin(lambda: v.page.click('button[aria-label="Retry"]'))
+    v.done()
+    wait_for(lambda: field.input_value() == '0')
+    assert [e['seed'] for e in said(server.log, event='start', question='brief seed')] == [MOST_SEED, 0]
+
+
+def button(name): return lambda v: v.page.dispatch_event(f'button[aria-label="{name}"]', 'click')   # a click would wait for it to stand still
+
+def new(v): v.page.click('#new')
+
+def card(v): v.page.click('#chat .example >> nth=0')
+
+CLICKS = {  # what is clicked while an answer grows, one after the other; then the questions, and the box
+    'Undo': ([button('Undo')], ['brief before'], 'slowly told'),
+    'Undo, Undo': ([button('Undo'), button('Undo')], [], 'brief before'),
+    'Retry, New chat': ([button('Retry'), new], [], ''),
+    'New chat, example, New chat': ([new, card, new], [], ''),
+}
+
+@pytest.mark.parametrize('clicks', CLICKS)
+def test_what_is_clicked_during_an_answer_stays(visitor, clicks):
+    """Whatever the answer had under way: the page shows what was clicked last, with a Send that works."""
+    v = visitor()
+    acts, questions, box = CLICKS[clicks]
+    v.ask('brief before')
+    v.ask('slowly told', wait=False)
+    v.growing('told')
+    for act in acts: act(v)
+    v.done()
+    v.shows(questions=questions, box=box)
+    v.page.wait_for_timeout(300)           # some more frames of a slow answer
+    v.shows(questions=questions, box=box)
+    v.done()
+    v.ask('brief after')
+    v.shows(questions=[*questions, 'brief after'])
+
+
+def test_an_answer_painted_too_late(visitor):
+    """All that an answer says reaches the page after New chat, since the browser learns late which event it belongs to. The page recovers."""
+    v, held = visitor(), []
+    answers = {d['id'] for d in v.page.evaluate('gradio_config.dependencies') if d['trigger_after'] is not None}
+    def hold(route):
+        if route.request.post_data_json['fn_index'] in answers and not held: held.append((route, route.fetch()))
+        else: route.continue_()
+    v.page.route('**/queue/join*', hold)
+    v.page.fill('#box textarea', 'slowly delayed')
+    v.page.press('#box textarea', 'Enter')
+    wait_for(lambda: held or v.page.wait_for_timeout(10))
+    wait_for(lambda: said(v.server.log, event='start', question='slowly delayed'))
+    v.page.wait_for_timeout(200)           # some frames, which wait in the browser
+    v.page.click('#new')
+    v.page.wait_for_selector('#chat .examples')
+    v.page.evaluate('new MutationObserver(() => { window.late ||= document.body.innerText.includes("delayed🦜") || document.querySelectorAll("[data-testid=bot]").length > 0 }).observe(document.body, {subtree: true, childList: true})')
+    route, response = held[0]
+    route.fulfill(response=response)
+    v.page.wait_for_function('window.late')
+    v.page.wait_for_selector('#chat .examples')
+    v.done()
+    v.shows(questions=[])
+
+
+def test_clicks_are_heard_in_their_order(chromium, tok, tmp_path, monkeypatch):
+    """A Retry that takes long to be read is not overtaken by the New chat that was clicked after it."""
+    gr = pytest.importorskip('gradio', reason='gradio is not installed')
+    from nanochat.demo import build_demo, look
+    retry = Touch.retry
+    def slow(*args):
+        time.sleep(.4)
+        return retry(*args)
+    monkeypatch.setattr(Touch, 'retry', slow)
+    demo = build_demo(Parrot(tok, tmp_path/'log', .005, 400, 600), info='parrot')
+    _, url, _ = demo.launch(server_name='127.0.0.1', prevent_thread_lock=True, quiet=True, inline=False, share=False, ssr_mode=False, footer_links=[], **look())
+    v = Visitor(chromium, SimpleNamespace(url=url, host=url.split('/')[2]))
+    v.ask('brief first')
+    with v.answered(2):
+        v.page.click('button[aria-label="Retry"]')
+        v.page.click('#new')
+    v.page.wait_for_timeout(700)
+    v.done()
+    v.shows(questions=[])
+    v.close()
+    demo.close(verbose=False)
 
 
 def test_settings_take_effect(visitor, server):
