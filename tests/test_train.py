@@ -388,6 +388,7 @@ class Compiled(torch.nn.Module):
     def __init__(self, model, steps):
         super().__init__()
         self._orig_mod, self.steps = model, steps
+        self.__dict__['cycle'] = self   # a compiled model is not gone before garbage is collected
 
     def forward(self, *args, **settings):
         if torch.is_grad_enabled(): self.steps.append('compiled step')
