@@ -410,10 +410,10 @@ def test_a_rehearsal_runs_the_program_of_the_run(home, monkeypatch):
         monkeypatch.setattr(stage, 'build', built)
     bt.base_train(bt.BaseTrainConfig(**TINY, minutes=1e-4, compile=True))
     assert [name for name, _ in itertools.groupby(did)] == ['shared', 'kernel chosen', 'compiled step'] * 2 and did.count('compiled step') == 4 + 10
-    did.clear()
+    did.clear(), models.clear()
     mt.mid_train(mt.MidTrainConfig(**CHATS, minutes=1e-4, compile=True))
     assert [name for name, _ in itertools.groupby(did)] == ['shared', 'kernel chosen', 'compiled step'] * 2
-    did.clear()
+    did.clear(), models.clear()
     bt.base_train(bt.BaseTrainConfig(**TINY, minutes=1e-4, model_tag='eager'))
     assert did == ['shared', 'shared'], 'nothing is compiled on a CPU'
 
