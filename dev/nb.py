@@ -91,6 +91,7 @@ def run(path: Path, timeout: int = 300, base: str = '') -> None:
     nb = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as throwaway:
         os.environ['NANOCHAT_BASE_DIR'] = base or throwaway
+        os.environ.pop('MPLBACKEND', None)  # Agg would leave out every figure that a cell shows
         NotebookClient(nb, timeout=timeout, kernel_name='python3',
                        resources={'metadata': {'path': str(path.parent)}}).execute()
     nb.metadata.pop('language_info', None)
