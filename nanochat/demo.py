@@ -234,7 +234,7 @@ CSS = '''
 #box:focus-within { border-color: var(--color-accent); }
 #box textarea { border: none; box-shadow: none; background: none; font-size: 1rem; }
 #box button { background: var(--color-accent); color: white; font-weight: 500; border-radius: 1.2rem; }
-#status { flex: none; min-height: 1.4rem; text-align: center; font-size: .8rem; font-variant-numeric: tabular-nums; } #status .html-container { padding: 0; }
+#status { flex: none; min-height: 1.4rem; text-align: center; font-size: .8rem; font-variant-numeric: tabular-nums; } #status .html-container { padding: 0; } #status [data-testid=status-tracker] { display: none; }
 #status [role=alert] { display: inline-block; color: var(--error-text-color); font-size: .9rem; } #status [role=alert]::first-letter { text-transform: uppercase; }
 #settings .toggle-button { font-size: 1.1rem; color: var(--body-text-color); } #settings .toggle-button::after { content: "⚙"; } #settings .chevron { display: none; }
 #settings .form, #settings .block { border-width: 0 !important; box-shadow: none; background: none; } #settings .block { padding: .3rem 0; }
@@ -375,7 +375,7 @@ class Touch(Page):
         messages, text = self.shown(session, kept), typed(event.value)
         if text.strip(): return self.begin(session, before_question(messages, event.index), text, *settings)
         if self.turns.running(session): return self.show(self.turns.get(session).frame, True)
-        return self.turn(session, Frame(messages, 'an empty question is not asked; it stays as it was'))
+        return self.turn(session, Frame(messages, 'an empty question changes nothing'))
 
     def undo(self, session: str, event: Any, kept: Any) -> tuple:
         "The last question goes back into the box, and its answer away."
@@ -415,7 +415,8 @@ def _wire(gr: Any, demo: Any, p: dict[str, Any], touch: Touch) -> None:
     paints = dict(outputs=[kept, chat, p['box'], p['status'], p['note'], settings[3], p['painted']], show_progress='hidden', api_visibility='private')
     at_once = paints | dict(trigger_mode='multiple', concurrency_limit=1, concurrency_id='page')
     queued = paints | dict(trigger_mode='multiple', concurrency_limit=touch.places, concurrency_id='answers')
-    for trigger, method, inputs in ((p['box'].submit, touch.ask, [p['box'], kept]), (chat.example_select, touch.example, [kept]), (chat.retry, touch.retry, [kept]), (chat.edit, touch.edit, [kept])):
+    for trigger, method, inputs in ((p['box'].submit, touch.ask, [p['box'], kept]), (chat.example_select, touch.example, [kept]),
+                                    (chat.retry, touch.retry, [kept]), (chat.edit, touch.edit, [kept])):
         trigger(handler(method), [*inputs, *settings], **at_once).then(handler(touch.answer), None, **queued)
     chat.undo(handler(touch.undo), [kept], **at_once)
     p['new'].click(handler(touch.new), None, **at_once)
