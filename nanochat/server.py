@@ -945,6 +945,7 @@ async def in_line(line: Line, receive: Callable, fn: Callable, *args: Any) -> An
     "What `fn(*args)` returns in a thread of the line. Raises what it raises, 429 where too many wait, and `ClientGone`: then it is not begun, or its job is closed."
     work = line.submit(fn, *args)
     gone, result = asyncio.ensure_future(until_gone(receive)), asyncio.wrap_future(work)
+    result.add_done_callback(lambda r: r.cancelled() or r.exception())  # of a client that has left, nobody else asks for it
     try:
         await asyncio.wait({gone, result}, return_when=asyncio.FIRST_COMPLETED)
         if not result.done(): raise ClientGone()

@@ -35,7 +35,7 @@ def run(capsys, script, *args):
 def config_of(script):
     """The dataclass that a script's command line fills: the one it hands to `cli`."""
     module, seen = importlib.import_module(f'nanochat.scripts.{script}'), []
-    real, module.cli = module.cli, lambda cls, fn: seen.append(cls)
+    real, module.cli = module.cli, lambda cls, fn, **settings: seen.append(cls)
     try: module.main()
     finally: module.cli = real
     return seen[0]

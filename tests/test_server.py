@@ -1,5 +1,5 @@
 """The server's endpoints: a real process asked by the official client and by sockets, and the same application in a thread where a test must reach inside."""
-import asyncio, json, math, subprocess, sys, threading, time, urllib.request
+import asyncio, gc, json, math, subprocess, sys, threading, time, urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -723,3 +723,24 @@ def test_a_wider_address_is_announced():
 def test_import_has_no_effect():
     code = "import sys, threading, nanochat.server, nanochat.scripts.chat_web; sys.exit(any(m in sys.modules for m in ('fastapi', 'starlette', 'uvicorn', 'gradio', 'prometheus_client', 'openai')) or threading.active_count() > 1)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_a_refusal_that_nobody_hears_is_not_printed():
+    """A client leaves while its request is read, which then fails: asyncio would print a traceback for each."""
+    heard, begun = [], threading.Event()
+    def reading():
+        begun.set()
+        time.sleep(.1)
+        raise APIError(429, 'full')
+    async def receive():
+        await asyncio.to_thread(begun.wait)
+        return {'type': 'http.disconnect'}
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
+        line = server.Line(1, 4)
+        with pytest.raises(server.ClientGone): await server.in_line(line, receive, reading)
+        while line.work: await asyncio.sleep(.01)
+        await asyncio.sleep(.05)
+        gc.collect()
+    asyncio.run(main())
+    assert not heard
