@@ -394,6 +394,14 @@ class Visitor:
         """Until the answer has ended."""
         self.page.wait_for_selector('#box .submit-button')
 
+    def calm(self, seconds=.7):
+        """Until the page has asked for nothing for a while. An ended answer is painted once more, which would end an edit that began before."""
+        asked = [time.monotonic()]
+        note = lambda r: '/queue/' in r.url and asked.append(time.monotonic())
+        self.page.on('request', note)
+        wait_for(lambda: time.monotonic() - asked[-1] > seconds or self.page.wait_for_timeout(50))
+        self.page.remove_listener('request', note)
+
     def told(self, words):
         """The status line, once it says `words`."""
         self.page.wait_for_function('w => document.querySelector("#status").innerText.includes(w)', arg=words)
@@ -485,6 +493,7 @@ def test_retry_undo_edit(visitor, server):
     v.page.click('button[aria-label="Undo"]')
     v.shows(questions=['brief one'], box='brief two', answers=['brief one🦜'])
     v.ask('brief a<b & c')
+    v.calm()
     v.page.hover('[data-testid="user"] >> nth=1')
     v.page.click('button[aria-label="Edit"] >> nth=1')
     editor = v.page.locator('#chat textarea')
@@ -494,6 +503,7 @@ def test_retry_undo_edit(visitor, server):
     v.done()
     v.shows(questions=['brief one', 'brief <i>edited</i>'])
     assert 'a<b' not in said(server.log, event='start')[-1]['prompt']
+    v.calm()
     v.page.hover('[data-testid="user"] >> nth=0')
     v.page.click('button[aria-label="Edit"] >> nth=0')   # the earlier question: what came after it goes
     v.page.locator('#chat textarea').fill('brief anew')
@@ -523,6 +533,7 @@ def test_an_empty_box_changes_nothing(visitor, server):
 def test_an_edit_to_nothing(visitor, server):
     v = visitor()
     for n in range(2): v.ask(f'brief blank {n}')
+    v.calm()
     v.page.hover('[data-testid="user"] >> nth=0')
     v.page.click('button[aria-label="Edit"] >> nth=0')
     v.page.locator('#chat textarea').fill('  ')
