@@ -239,8 +239,8 @@ def test_the_list_is_that_of_a_stable_sort(vocab, kinds):
     x = {'alike': torch.zeros(vocab), 'some alike': torch.randint(0, 4, (vocab,), generator=g).float(), 'apart': torch.randn(vocab, generator=g),
          'one far above': torch.cat([torch.randn(vocab - 1, generator=g), torch.tensor([9.0])]), 'rising': torch.linspace(-3, 3, vocab),
          'falling': torch.linspace(3, -3, vocab), 'banned': torch.where(torch.rand(vocab, generator=g) < .05, torch.randn(vocab, generator=g), -torch.inf)}[kinds]
-    for k in (2, 13, 50, 128, 129, 200, 256):
-        n, best = 4000, x.argsort(descending=True, stable=True)[:k]
+    for k in (2, 50, 128, 129, 256):
+        n, best = 1000, x.argsort(descending=True, stable=True)[:k]
         drawn = run.draw(x.repeat(n, 1), (torch.arange(n) + .5) / n, 2.0, k, None)
         odds = torch.softmax(SOFTCAP * torch.tanh(x[best] / SOFTCAP) / 2.0, 0)
         assert set(drawn.tolist()) <= set(best[odds > 0].tolist()) and set(best[odds > 2 / n].tolist()) <= set(drawn.tolist()), k
