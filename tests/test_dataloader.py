@@ -70,7 +70,7 @@ def scan(lengths, capacity, mode, buffer_size, fetch):
                 if n <= capacity - used and (best is None or n > best[1]): best = (i, n)
             if best is None and mode == 'crop':
                 for i, n in waiting:
-                    if best is None or n < best[1]: best = (i, n)
+                    if best is None or min(n, capacity) < best[1]: best = (i, min(n, capacity))  # one longer than a row counts as a row here, too
                 if best: best = (best[0], capacity - used)
             if best is None: break
             waiting = [w for w in waiting if w[0] != best[0]]

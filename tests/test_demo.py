@@ -563,13 +563,9 @@ def button(name): return lambda v: v.page.dispatch_event(f'button[aria-label="{n
 
 def new(v): v.page.click('#new')
 
-def card(v): v.page.click('#chat .example >> nth=0')
-
 CLICKS = {  # what is clicked while an answer grows, one after the other; then the questions, and the box
-    'Undo': ([button('Undo')], ['brief before'], 'slowly told'),
     'Undo, Undo': ([button('Undo'), button('Undo')], [], 'brief before'),
     'Retry, New chat': ([button('Retry'), new], [], ''),
-    'New chat, example, New chat': ([new, card, new], [], ''),
 }
 
 @pytest.mark.parametrize('clicks', CLICKS)

@@ -206,12 +206,12 @@ def test_over_http(over_http):
 
 
 def test_a_server_answers_what_its_engine_says(fp32):
-    """Read back from the stream: the very tokens, of the engine in C and of the plain program."""
+    """Read back from the stream: the very tokens of the plain program."""
     pytest.importorskip('fastapi')
     cfg = ib.InferBenchConfig(**TINY)
-    for program, engine in (('compute', ib.bench_engine(cfg, 'compute')), ('plain', ib.bench_engine(cfg, 'plain'))):
-        with ib.server_process(cfg, program, 2) as port: answers = ib.serve_http(port, ['hello', 'again'], 9, Draw(.8, 50), True).answers
-        assert answers == [engine.generate_batch(list(q.encode()), max_tokens=9, temperature=.8, top_k=50, seed=i)[0][0][5:] for i, q in enumerate(('hello', 'again'))]
+    engine = ib.bench_engine(cfg, 'plain')
+    with ib.server_process(cfg, 'plain', 2) as port: answers = ib.serve_http(port, ['hello', 'again'], 9, Draw(.8, 50), True).answers
+    assert answers == [engine.generate_batch(list(q.encode()), max_tokens=9, temperature=.8, top_k=50, seed=i)[0][0][5:] for i, q in enumerate(('hello', 'again'))]
 
 
 def test_a_server_that_cannot_start_or_answer(fp32, capfd):

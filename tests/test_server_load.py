@@ -105,7 +105,7 @@ def test_nothing_leaks(web):
         return all(samples[-1][k] <= before[k] for k in ('files', 'sockets')) and samples[-1]['active'] == samples[-1]['waiting'] == 0
     wait_for(calm)
     after = samples[-1]
-    assert after['threads'] <= before['threads'] + 3
+    assert after['threads'] <= before['threads'] + 12     # pools fill up as they are needed; a leak would be a thread per client
     assert after['memory'] - before['memory'] < 30e6, f'{(after["memory"] - before["memory"]) / 1e6:.1f} MB more after {4 * 48} clients'
     print(before, after)
 
