@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a commit: notebooks and package agree, every notebook runs, every test passes.
-# Ten to fourteen minutes on two cores, without the installation. Arguments go to pytest: bash runs/test.sh -k tokenizer
+# Ten to fifteen minutes on two cores, without the installation. Arguments go to pytest: bash runs/test.sh -k tokenizer
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
