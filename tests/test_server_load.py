@@ -221,7 +221,7 @@ def test_idle_crowds_are_let_go(web):
 def test_sigterm_in_mid_stream(web):
     """The door closes, the answer is finished to its [DONE] even for a reader who pauses, the process leaves with 0. It is the process of the tests above, which need it no more."""
     with Wire(web.port, receive_buffer=2048) as w:
-        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=2000, n=2)).read_until(b'"content":"')
+        w.post('/v1/chat/completions', chat(1, stream=True, max_tokens=1500, n=SLOTS // 2)).read_until(b'"content":"')
         web.signal(signal.SIGTERM)
         status, health, _ = wait_for(lambda: (a := web.get('/health'))[0] == 503 and a)
         check_error(status, health, 503)
