@@ -28,6 +28,20 @@ def fp32(monkeypatch):
 
 
 @pytest.fixture(scope='session')
+def prepared(tmp_path_factory):
+    """A base directory with a small corpus and its tokenizer, to be copied."""
+    from nanochat.dataset import prepare_corpus
+    from nanochat.tokenizer import RustBPETokenizer
+    folder, old = tmp_path_factory.mktemp('prepared'), os.environ.get('NANOCHAT_BASE_DIR')
+    os.environ['NANOCHAT_BASE_DIR'] = str(folder)
+    corpus = prepare_corpus('stdlib', max_bytes=200_000, val_fraction=.1)
+    RustBPETokenizer.train_from_iterator(corpus.documents('train'), 320).save(folder/'tokenizer')
+    if old is None: del os.environ['NANOCHAT_BASE_DIR']
+    else: os.environ['NANOCHAT_BASE_DIR'] = old
+    return folder
+
+
+@pytest.fixture(scope='session')
 def shared_data():
     """The folder of real data, or a skip that says why."""
     if not SHARED.exists(): pytest.skip(f'no real data at {SHARED}; set NANOCHAT_SHARED_DATA to the folder that holds it')

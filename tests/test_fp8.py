@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from nanochat import fp8
 from nanochat.checkpoint_manager import build_model, load_checkpoint, run_config, run_dir, step_dir
 from nanochat.common import UserError, read_jsonl
-from nanochat.dataset import prepare_corpus
 from nanochat.fp8 import E4M3, E5M2, Fp8Linear, convert_to_fp8, disable_fp8, fp8_candidates, fp8_linear, product, qualifies, quantise, supports_fp8
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.scaling import plan_training
 from nanochat.scripts import base_train as bt
-from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import NonFiniteLoss, TrainState, accumulate, train_step
 
 os.environ['NANOCHAT_FP8_CPU'] = '1'
@@ -326,18 +324,6 @@ def test_micro_steps_add_up():
     model.zero_grad()
     accumulate(model, [one, two], 512)
     for n, p in model.named_parameters(): torch.testing.assert_close(p.grad, alone[0][n] + alone[1][n])
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    """A base directory with a small corpus and its tokenizer."""
-    folder, old = tmp_path_factory.mktemp('prepared'), os.environ.get('NANOCHAT_BASE_DIR')
-    os.environ['NANOCHAT_BASE_DIR'] = str(folder)
-    corpus = prepare_corpus('stdlib', max_bytes=200_000, val_fraction=.1)
-    RustBPETokenizer.train_from_iterator(corpus.documents('train'), 320).save(folder/'tokenizer')
-    if old is None: del os.environ['NANOCHAT_BASE_DIR']
-    else: os.environ['NANOCHAT_BASE_DIR'] = old
-    return folder
 
 
 @pytest.fixture

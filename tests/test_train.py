@@ -8,7 +8,6 @@ import torch
 from nanochat import train
 from nanochat.checkpoint_manager import list_checkpoints, load_checkpoint, run_config, run_dir, step_dir
 from nanochat.common import UserError, parse_config, read_jsonl
-from nanochat.dataset import prepare_corpus
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import TrainPlan
 from nanochat.scripts import base_eval as be, base_train as bt, chat_sft as sft, mid_train as mt
@@ -19,18 +18,6 @@ from warm_python import warm_python
 CPU = torch.device('cpu')
 TINY = dict(depth=1, head_dim=32, aspect_ratio=32, sequence_len=64, device_batch_size=4, total_batch_size=256, eval_tokens=512)
 CHATS = dict(dict.fromkeys(mt.SIZES, 0), spelling_bee=40, simple_spelling=20, arithmetic=40, identity=0, eval_size=4)
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    """A base directory with a small corpus and its tokenizer."""
-    folder, old = tmp_path_factory.mktemp('prepared'), os.environ.get('NANOCHAT_BASE_DIR')
-    os.environ['NANOCHAT_BASE_DIR'] = str(folder)
-    corpus = prepare_corpus('stdlib', max_bytes=200_000, val_fraction=.1)
-    RustBPETokenizer.train_from_iterator(corpus.documents('train'), 320).save(folder/'tokenizer')
-    if old is None: del os.environ['NANOCHAT_BASE_DIR']
-    else: os.environ['NANOCHAT_BASE_DIR'] = old
-    return folder
 
 
 @pytest.fixture
