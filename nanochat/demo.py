@@ -138,6 +138,7 @@ class Turn:
     sampling: Sampling = Sampling()
     stage: str = 'over'  # 'asked', then 'taken' by who answers, then 'answering', then 'over'
     stopped: threading.Event = field(default_factory=threading.Event)  # "enough"
+    paints: list[int] = field(default_factory=list)  # the numbers that its own paints of the page had
 
 # %% ../nbs/17_demo.ipynb #9245e1f2
 class Turns:
@@ -288,7 +289,7 @@ WELCOME = '## What shall we try?\nA small model, trained on one machine. It coun
 
 def _parts(gr: Any, info: str) -> dict[str, Any]:
     "Everything on the page, by name."
-    p = dict(kept=gr.BrowserState([], storage_key='nanochat-conversation', secret='nanochat'), painted=gr.State(0), settings=_settings(gr))
+    p = dict(kept=gr.BrowserState([], storage_key='nanochat-conversation', secret='nanochat'), painted=gr.Number(0, visible='hidden'), settings=_settings(gr))
     with gr.Column(elem_id='page'):
         with gr.Row(elem_id='head'):
             gr.HTML(f'<b>nanochat</b><small>{html.escape(info)}</small>', elem_id='info')
@@ -308,14 +309,19 @@ class Page:
         self.gr, self.engine, self.places, self.turns, self.count = gr, engine, places, Turns(), itertools.count(1)
         self.nothing = (gr.skip(),) * 7  # all stays as it is
 
-    def show(self, frame: Frame, running: bool, keep: bool = True, seed: Any = None, painted: bool = True) -> tuple:
-        "A frame as values for the page; a `seed` of None stays as it is. The browser keeps no question without its answer."
+    def show(self, frame: Frame, running: bool, keep: bool = True, seed: Any = None, number: int | None = None) -> tuple:
+        "A frame as values for the page; a `seed` or `number` of None stays as it is. The browser keeps no question without its answer."
         gr, note, put = self.gr, html.escape(frame.note), {} if frame.box is None else dict(value=frame.box)
         box = gr.update(submit_btn=False if running else 'Send', stop_btn='Stop' if running else False, **put)
         status = f'<span role="alert">{html.escape(frame.status)}</span>' if frame.box else html.escape(frame.status)
         kept = frame.messages[:-1] if frame.messages and frame.messages[-1]['role'] == 'user' else frame.messages
-        return (kept if keep else gr.skip(), bubbles(frame.messages), box, status, gr.update(value=note, visible=bool(note)),
-                gr.skip() if seed is None else seed, next(self.count) if painted else gr.skip())
+        same = lambda value: gr.skip() if value is None else value
+        return kept if keep else gr.skip(), bubbles(frame.messages), box, status, gr.update(value=note, visible=bool(note)), same(seed), same(number)
+
+    def numbered(self, turn: Turn) -> int:
+        "The number of one more paint of this turn's page."
+        turn.paints.append(next(self.count))
+        return turn.paints[-1]
 
     def shown(self, session: str, kept: Any) -> list[dict]:
         "The messages on the page: as the table has them, or else as the browser kept them."
@@ -324,8 +330,9 @@ class Page:
 
     def turn(self, session: str, frame: Frame) -> tuple:
         "Show a page with no answer to come."
-        self.turns.start(session, Turn(frame))
-        return self.show(frame, False)
+        turn = Turn(frame)
+        self.turns.start(session, turn)
+        return self.show(frame, False, number=self.numbered(turn))
 
     def begin(self, session: str, messages: list[dict], text: str, system: str | None, *settings: float | None, box: str | None = None) -> tuple:
         "Show the question that follows `messages`; the answer is still to be queued."
@@ -333,7 +340,7 @@ class Page:
         turn = Turn(Frame(with_question(messages, text), 'reading …', box=box), messages, text, system or '', sampling, 'asked')
         self.turns.start(session, turn)
         if len(self.turns) > self.places: turn.frame = replace(turn.frame, status='waiting for a free place …')
-        return self.show(turn.frame, True, seed=sampling.seed)
+        return self.show(turn.frame, True, seed=sampling.seed, number=self.numbered(turn))
 
     def answer(self, session: str, event: Any) -> Iterator[tuple]:
         "Stream the answer to what was asked. What the browser keeps is renewed once a second."
@@ -343,14 +350,14 @@ class Page:
                 if not self.turns.show(session, turn, frame): break  # something else began: the page is no longer ours
                 keep = time.monotonic() - saved > 1
                 if keep: saved = time.monotonic()
-                yield self.show(frame, True, keep, painted=False)
-            if self.turns.show(session, turn, turn.frame, 'over'): yield self.show(turn.frame, False, painted=False)
-        yield (*self.nothing[:-1], next(self.count)) if turn else self.nothing
+                yield self.show(frame, True, keep)
+        if turn and self.turns.show(session, turn, turn.frame, 'over'): yield self.show(turn.frame, False, number=self.numbered(turn))
+        else: yield (*self.nothing[:-1], self.numbered(turn)) if turn else self.nothing
 
-    def settle(self, session: str, event: Any) -> tuple:
-        "The page as it should be. An answer that is being written paints it anyway."
+    def settle(self, session: str, event: Any, painted: float | None) -> tuple:
+        "The page as it should be, if another turn painted it last. An answer that is being written paints it anyway."
         turn = self.turns.get(session)
-        return self.nothing if turn is None or turn.stage == 'answering' else self.show(turn.frame, turn.stage != 'over', painted=False)
+        return self.nothing if turn is None or turn.stage == 'answering' or painted in turn.paints else self.show(turn.frame, turn.stage != 'over')
 
 # %% ../nbs/17_demo.ipynb #be20a663
 class Touch(Page):
@@ -374,7 +381,7 @@ class Touch(Page):
         "Another question in an earlier place; what came after it goes."
         messages, text = self.shown(session, kept), typed(event.value)
         if text.strip(): return self.begin(session, before_question(messages, event.index), text, *settings)
-        if self.turns.running(session): return self.show(self.turns.get(session).frame, True)
+        if self.turns.running(session): return self.show(self.turns.get(session).frame, True, number=next(self.count))  # may come after the answer's last frame
         return self.turn(session, Frame(messages, 'an empty question changes nothing'))
 
     def undo(self, session: str, event: Any, kept: Any) -> tuple:
@@ -420,7 +427,7 @@ def _wire(gr: Any, demo: Any, p: dict[str, Any], touch: Touch) -> None:
         trigger(handler(method), [*inputs, *settings], **at_once).then(handler(touch.answer), None, **queued)
     chat.undo(handler(touch.undo), [kept], **at_once)
     p['new'].click(handler(touch.new), None, **at_once)
-    p['painted'].change(handler(touch.settle), None, **at_once | dict(trigger_mode='always_last'))
+    p['painted'].change(handler(touch.settle), p['painted'], **at_once | dict(trigger_mode='always_last'))
     p['box'].stop(handler(touch.stop), None, None, queue=False, show_progress='hidden', api_visibility='private')
     p['dark'].click(None, js=TOGGLE)
     demo.unload(handler(touch.leave))

@@ -153,6 +153,9 @@ EVENT = SimpleNamespace(value='  \u200b ', index=0)
 def same(outputs, touch): return list(outputs[:-1]) == list(touch.nothing[:-1])
 
 
+def settled(touch, painted): return touch.settle('s', None, painted)
+
+
 def test_an_answer_that_was_replaced_says_nothing_more(touch):
     """Undo, New chat, a retry: what an old answer still wants to say must not overwrite the page. Its last word leaves everything as it is: Gradio repeats it."""
     touch.ask('s', None, 'fox', [], *FORM)
@@ -166,23 +169,27 @@ def test_an_answer_that_was_replaced_says_nothing_more(touch):
     next(old)
     touch.begin('s', [], 'another', *FORM)
     assert all(same(word, touch) for word in old) and touch.turns.running('s')
-    *_, last, word = touch.answer('s', None)
-    assert last[0][0]['content'] == 'another' and same(word, touch) and not touch.turns.running('s')
+    *_, last = touch.answer('s', None)
+    assert last[0][0]['content'] == 'another' and not touch.turns.running('s')
 
 
 def test_every_click_ends_in_the_page_as_it_should_be(touch):
-    """What `settle` shows at each moment, and that all that paints asks for it."""
-    assert touch.settle('s', None) == touch.nothing                 # nothing was done yet
+    """What `settle` shows at each moment: nothing where the newest turn painted last, its page where another did."""
+    assert settled(touch, 0) == touch.nothing                       # nothing was done yet
     asked = touch.ask('s', None, 'fox', [], *FORM)
-    assert touch.settle('s', None)[:5] == asked[:5] and touch.settle('s', None)[6] == touch.gr.skip()    # it asks for no other
+    assert settled(touch, asked[6]) == touch.nothing
+    assert settled(touch, 0)[:5] == asked[:5] and settled(touch, 0)[6] == touch.gr.skip()     # it asks for no other
     answer = touch.answer('s', None)
     frame = next(answer)
-    assert touch.settle('s', None) == touch.nothing and frame[6] == touch.gr.skip()       # an answer paints itself
-    *_, last, word = answer
-    assert touch.settle('s', None)[1:5] == last[1:5] and last[0][-1]['role'] == 'assistant'
+    assert settled(touch, 0) == touch.nothing and frame[6] == touch.gr.skip()       # an answer paints itself
+    *_, last = answer
+    assert settled(touch, asked[6]) == settled(touch, last[6]) == touch.nothing     # an edit that has begun goes on
+    assert settled(touch, 0)[1:5] == last[1:5] and last[0][-1]['role'] == 'assistant'
     undone = touch.undo('s', None, [])
-    assert touch.settle('s', None)[:5] == undone[:5] and undone[2]['value'] == 'fox' and undone[0] == []
-    counts = [asked[6], word[6], undone[6], touch.new('s', None)[6]]
+    assert settled(touch, undone[6]) == touch.nothing
+    for old in (asked, last): assert settled(touch, old[6])[:5] == undone[:5]
+    assert undone[2]['value'] == 'fox' and undone[0] == []
+    counts = [asked[6], last[6], undone[6], touch.new('s', None)[6]]
     assert counts == sorted(set(counts))                            # each differs from the one before
 
 
@@ -208,8 +215,10 @@ def test_nothing_is_asked_with_nothing(touch):
     touch.ask('s', None, 'fox', before, *FORM)
     answer = touch.answer('s', None)
     frame = next(answer)
-    assert touch.edit('s', EVENT, before, *FORM)[1] == frame[1] and touch.turns.running('s')
-    *_, last, _ = answer
+    again = touch.edit('s', EVENT, before, *FORM)
+    assert again[1] == frame[1] and touch.turns.running('s')
+    *_, last = answer
+    assert settled(touch, again[6])[:5] == last[:5]                 # the answer may have ended before that was painted
     assert last[0][:2] == before and len(last[0]) == 4
 
 
@@ -226,7 +235,7 @@ def test_stop_before_the_first_token(touch, tmp_path):
     """While waiting for a free place Stop works too, and the question comes back."""
     touch.ask('s', None, 'fox', [], *FORM)
     touch.stop('s', None)
-    *_, last, _ = touch.answer('s', None)
+    *_, last = touch.answer('s', None)
     assert last[0] == [] and last[2]['value'] == 'fox' and 'before it began' in last[3] and not (tmp_path/'log').exists()
     assert touch.ask('s', None, 'again', [], *FORM)[1][-1]['content'] == 'again'     # and the page is free again
 
@@ -394,14 +403,6 @@ class Visitor:
         """Until the answer has ended."""
         self.page.wait_for_selector('#box .submit-button')
 
-    def calm(self, seconds=.7):
-        """Until the page has asked for nothing for a while. An ended answer is painted once more, which would end an edit that began before."""
-        asked = [time.monotonic()]
-        note = lambda r: '/queue/' in r.url and asked.append(time.monotonic())
-        self.page.on('request', note)
-        wait_for(lambda: time.monotonic() - asked[-1] > seconds or self.page.wait_for_timeout(50))
-        self.page.remove_listener('request', note)
-
     def told(self, words):
         """The status line, once it says `words`."""
         self.page.wait_for_function('w => document.querySelector("#status").innerText.includes(w)', arg=words)
@@ -493,7 +494,6 @@ def test_retry_undo_edit(visitor, server):
     v.page.click('button[aria-label="Undo"]')
     v.shows(questions=['brief one'], box='brief two', answers=['brief one🦜'])
     v.ask('brief a<b & c')
-    v.calm()
     v.page.hover('[data-testid="user"] >> nth=1')
     v.page.click('button[aria-label="Edit"] >> nth=1')
     editor = v.page.locator('#chat textarea')
@@ -503,7 +503,6 @@ def test_retry_undo_edit(visitor, server):
     v.done()
     v.shows(questions=['brief one', 'brief <i>edited</i>'])
     assert 'a<b' not in said(server.log, event='start')[-1]['prompt']
-    v.calm()
     v.page.hover('[data-testid="user"] >> nth=0')
     v.page.click('button[aria-label="Edit"] >> nth=0')   # the earlier question: what came after it goes
     v.page.locator('#chat textarea').fill('brief anew')
@@ -533,7 +532,6 @@ def test_an_empty_box_changes_nothing(visitor, server):
 def test_an_edit_to_nothing(visitor, server):
     v = visitor()
     for n in range(2): v.ask(f'brief blank {n}')
-    v.calm()
     v.page.hover('[data-testid="user"] >> nth=0')
     v.page.click('button[aria-label="Edit"] >> nth=0')
     v.page.locator('#chat textarea').fill('  ')
