@@ -48,8 +48,9 @@ def shared_data():
     return SHARED
 
 
-# The longest first, in the order of their seconds: with two workers the short ones then fill up the end.
-LONGEST = ('test_quickstart', 'test_lessons_browser', 'test_lessons', 'test_runs', 'test_sandbox', 'test_train', 'test_demo', 'test_server_load', 'test_assignments', 'test_grade')
+# The longest first: with two workers the short ones then fill up the end.
+LONGEST = ('test_quickstart', 'test_lessons_browser', 'test_lessons', 'test_runs', 'test_sandbox', 'test_train', 'test_demo', 'test_server_load', 'test_assignments', 'test_grade',
+           'test_core_eval', 'test_native', 'test_site', 'test_viz_train', 'test_server', 'test_chat_cli', 'test_flash_attention', 'test_infer_bench')
 
 
 def pytest_collection_modifyitems(items):
