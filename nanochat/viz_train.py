@@ -13,7 +13,7 @@ __all__ = ['SIZES', 'LEAVE_OUT', 'REAL_BUDGETS', 'REAL_DEPTHS', 'REAL_RATIO', 'T
            'token_text', 'sampling_table', 'entropy_bits', 'sampling_figure', 'sampling_explorer', 'coloured_token',
            'rollout_row', 'rollouts_html', 'ask_question', 'Sums', 'Policy', 'half_taught', 'right_answers',
            'improving', 'reward_figure', 'rollouts_explorer', 'SlotSpan', 'slot_spans', 'slots_at', 'slots_figure',
-           'draw_span', 'slots_title', 'slots_explorer', 'burst', 'watch_slots']
+           'draw_span', 'slots_title', 'slots_explorer', 'burst', 'watch_slots', 'all_done']
 
 # %% ../nbs/18_viz_train.ipynb #891e3d79
 import asyncio, functools, html, math, os, threading, time
@@ -747,14 +747,23 @@ def burst(scheduler: Any, prompts: Sequence[list[int]], lengths: Sequence[int], 
 
 # %% ../nbs/18_viz_train.ipynb #1fcd4bce
 def watch_slots(tickets: Sequence[Any], slots: int, every: float = .3) -> Explorer:
-    "Draw the slots while the tickets are being answered, in this cell, until all have ended; then the timeline to slide through."
-    live = Explorer(lambda: slots_figure(slot_spans(tickets), slots))
-    show = _displayed(live)
-    while not all(t.done() for t in tickets):
-        time.sleep(every)
+    """Draw the slots while the tickets are being answered, in this cell, until all have ended; then the timeline to slide through.
+    Drawing holds up a scheduler in the same process, so what ends within `every` seconds is drawn afterwards."""
+    live = show = None
+    while not all_done(tickets, every):
+        if live is None:
+            live = Explorer(lambda: slots_figure(slot_spans(tickets), slots))
+            show = _displayed(live)
         live.redraw()
     done = slots_explorer(tickets, slots)
     if show: show.update(done)
+    elif live is None: _displayed(done)
+    return done
+
+def all_done(tickets: Sequence[Any], seconds: float) -> bool:
+    "Whether all have ended, or end within so many seconds."
+    end = time.monotonic() + seconds
+    while not (done := all(t.done() for t in tickets)) and time.monotonic() < end: time.sleep(.01)
     return done
 
 def _displayed(thing: Any) -> Any:
