@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_MESSAGES', 'MAX_CHARS', 'MAX_TOTAL_CHARS', 'RANGES', 'EMPTY_IN_MESSAGES', 'IGNORED', 'NEUTRAL',
-           'FIELDS', 'PACE', 'LONG_BODY', 'BODY_SECONDS', 'LOCAL', 'GUARDED', 'CLOSED', 'OPEN', 'SEND_SECONDS',
+           'FIELDS', 'PACE', 'EAGER', 'LONG_BODY', 'BODY_SECONDS', 'LOCAL', 'GUARDED', 'CLOSED', 'OPEN', 'SEND_SECONDS',
            'COUNTERS', 'ENDPOINTS', 'CHAT_ERRORS', 'NOT_HTTP', 'RAW_400', 'IDLE_SECONDS', 'sendable', 'APIError',
            'closing', 'read_json', 'number', 'flag', 'text_of', 'content_of', 'parts_of', 'message_of', 'check_turns',
            'messages_of', 'check_fields', 'stops_of', 'wants_usage', 'ChatRequest', 'longest', 'parse_request',
@@ -326,16 +326,19 @@ class Choice(ChoiceText):
         return self.ticket.finish_reason or 'stop'
 
 # %% ../nbs/16_server.ipynb #be89ebc6
+EAGER = 4  # first tokens of an answer that are sent one by one, however fast they come
+
 async def texts(choice: Choice) -> AsyncIterator[str]:
-    "The answer's text as it becomes final; tokens that gather within its pace, or while the reader is busy, come as one piece. Raises what the ticket raises."
+    "The answer's text as it becomes final; behind the `EAGER` tokens, those that gather within its pace, or while the reader is busy, come as one piece. Raises what the ticket raises."
     new = ''
     async for token, _ in choice.ticket:
         new += choice.push(token)
         if choice.cutter.hit: break
-        if new and choice.tokens >= len(choice.ticket.tokens):
+        early = choice.tokens <= EAGER
+        if new and (early or choice.tokens >= len(choice.ticket.tokens)):
             yield new
             new = ''
-            await choice.ticket.pause(choice.pace)
+            if not early: await choice.ticket.pause(choice.pace)
     choice.ticket.cancel()  # nothing more is needed; a finished ticket does not mind
     new += '' if choice.cutter.hit else choice.finish()
     if new: yield new
