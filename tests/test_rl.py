@@ -265,6 +265,14 @@ def test_a_tracker_hears_all_of_it(vowels, monkeypatch):
     with pytest.raises(UserError, match="tracker 'paper' is unknown"): chat_rl(config(tracker='paper'))
 
 
+def test_longer_runs_move_the_model_no_further():
+    """The sum of all rates: as given; else that of the usual run, and beyond it that of 80 updates. A run that goes on has the same rates."""
+    total = lambda **kw: sum(rl.rate_at(s, c.num_iterations, rl.first_rate(c)) for c in [rl.with_recipe(ChatRLConfig(**kw))] for s in range(c.num_iterations))
+    assert total(num_iterations=80) == pytest.approx(.1 * 81 / 2) and total(num_iterations=40) == pytest.approx(.1 * 41 / 2)
+    for n in (81, 150, 1000): assert total(num_iterations=n) == pytest.approx(total(num_iterations=80), rel=.02)
+    assert total(num_iterations=150, init_lr_frac=.1) == pytest.approx(.1 * 151 / 2)
+
+
 def test_the_recipe_for_gsm8k(shared_data, base_directory, monkeypatch):
     """`--task gsm8k` alone is the public recipe, on the real problems; without the data the command is named."""
     import shutil
@@ -274,7 +282,7 @@ def test_the_recipe_for_gsm8k(shared_data, base_directory, monkeypatch):
     for split in ('train', 'test'): shutil.copytree(shared_data/'hub'/'openai'/'gsm8k'/'main'/split, hub_folder('openai/gsm8k', 'main', split))
     r, done = rl.prepare(rl.with_recipe(ChatRLConfig(task='gsm8k', eval_problems=400)), torch.device('cpu'), 0.0)
     assert not done and (len(r.train_task), len(r.test_task)) == (7473, 400) and r.cfg.num_iterations == 7473 // 16
-    assert r.cfg.num_samples == 16 and r.cfg.init_lr_frac == .05 and r.sampling == dict(max_tokens=256, temperature=1.0, top_k=50, batch_size=128)
+    assert r.cfg.num_samples == 16 and rl.first_rate(r.cfg) == .05 and r.sampling == dict(max_tokens=256, temperature=1.0, top_k=50, batch_size=128)
     result = chat_rl(ChatRLConfig(task='gsm8k', num_iterations=2, examples_per_step=2, num_samples=3, max_new_tokens=6, eval_problems=3, eval_samples=2, fresh=True))
     rows = [row for row in read_jsonl(r.run/'metrics.jsonl') if 'pass@2' in row]
     assert [row['step'] for row in rows] == [0, 2] and {'pass@1_before', 'pass@2_after', 'accuracy_after'} <= set(result)
