@@ -133,7 +133,7 @@ enum { LANES = 4, TILE = 5 };
 
 # %% ../nbs/11_native.ipynb #626a6198
 C_TYPES_AND_SUMS = r'''
-enum { PANEL = 4 * LANES, BLOCK = 16 };
+enum { PANEL = 4 * LANES, BLOCK = 64, AHEAD = 16 };  // outputs; keys at a time; keys asked for in advance
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -205,10 +205,12 @@ void exp_all(const float *x, float *y, int n) {
 C_TILE = r'''
 INLINE int width_of(int bf16) { return bf16 && DPBF16 ? 2 : 4; }  // bytes of a number of x
 
-INLINE void tile(int bf16, int rows, const char *x, int K, const char *w, vec sums[][4]) {
+INLINE void tile(int bf16, int rows, const char *x, int K, const char *w, vec sums[][4],
+                 const char *next, int lines) {  // `lines` of 64 bytes per step of k, from `next` on, are fetched meanwhile
   for (int r = 0; r < rows; r++) for (int j = 0; j < 4; j++) sums[r][j] = (vec){0};
   for (int k = 0; k < K; k += 1 + bf16) {
     const veci *p = (const veci *)(w + (size_t)k * PANEL * (bf16 ? 2 : 4));
+    for (int i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
 #if DPBF16
     if (bf16) for (int r = 0; r < rows; r++) {  // numbers k and k + 1 of x with those of 64 outputs
       __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + ((size_t)r * K + k) * 2));
@@ -233,9 +235,10 @@ INLINE void put(int how, vec a, float *y) {
   if (how == RELU2) { a = choose(a > 0, a, all(0)); a *= a; }
   *(vec *)y = a;
 }
-INLINE void few_rows(int bf16, int rows, int how, const char *x, int K, const char *w, float *y, int stride) {
+INLINE void few_rows(int bf16, int rows, int how, const char *x, int K, const char *w, float *y, int stride,
+                     const char *next, int lines) {
   vec sums[6][4];
-  tile(bf16, rows, x, K, w, sums);
+  tile(bf16, rows, x, K, w, sums, next, lines);
   for (int r = 0; r < rows; r++, y += stride) for (int j = 0; j < 4; j++) put(how, sums[r][j], y + j * LANES);
 }
 '''
@@ -244,18 +247,21 @@ INLINE void few_rows(int bf16, int rows, int how, const char *x, int K, const ch
 C_PRODUCTS = r'''
 INLINE void product_of(int bf16, int how, const CMatrix *W, const char *x, int M, float *y, int stride,
                        int from, int to) {
+  size_t size = (size_t)PANEL * W->K * (bf16 ? 2 : 4);  // of a panel; PANEL / 16 lines per step of k
+  int full = M / TILE, lines = M > TILE ? (PANEL / 16 + full - 1) / full : 0;
   for (int p = from; p < to; p++) for (int m = 0; m < M; m += TILE) {
-    const char *w = (const char *)W->w + (size_t)p * PANEL * W->K * (bf16 ? 2 : 4);
+    const char *w = (const char *)W->w + p * size;
+    const char *next = w + size + (size_t)(m / TILE) * lines * 64 * (W->K / (1 + bf16));
     const char *xm = x + (size_t)m * W->K * width_of(bf16);
     float *ym = y + (size_t)m * stride + p * PANEL;
     int rows = M - m < TILE ? M - m : TILE;
     // constants, so that the compiler makes a piece of code for each number of rows
-    if (rows == TILE) few_rows(bf16, TILE, how, xm, W->K, w, ym, stride);
-    else if (rows == 1) few_rows(bf16, 1, how, xm, W->K, w, ym, stride);
-    else if (rows == 2) few_rows(bf16, 2, how, xm, W->K, w, ym, stride);
-    else if (rows == 3) few_rows(bf16, 3, how, xm, W->K, w, ym, stride);
-    else if (rows == 4) few_rows(bf16, 4, how, xm, W->K, w, ym, stride);
-    else few_rows(bf16, 5, how, xm, W->K, w, ym, stride);
+    if (rows == TILE) few_rows(bf16, TILE, how, xm, W->K, w, ym, stride, next, next < w + 2 * size ? lines : 0);
+    else if (rows == 1) few_rows(bf16, 1, how, xm, W->K, w, ym, stride, 0, 0);
+    else if (rows == 2) few_rows(bf16, 2, how, xm, W->K, w, ym, stride, 0, 0);
+    else if (rows == 3) few_rows(bf16, 3, how, xm, W->K, w, ym, stride, 0, 0);
+    else if (rows == 4) few_rows(bf16, 4, how, xm, W->K, w, ym, stride, 0, 0);
+    else few_rows(bf16, 5, how, xm, W->K, w, ym, stride, 0, 0);
   }
 }
 void product(int how, const CMatrix *W, const void *x, int M, float *y, int stride, int part, int parts) {
@@ -304,36 +310,59 @@ INLINE float score(int bf16, const void *q, const char *k, int D) {  // q in bf1
 C_BLOCK = r'''
 typedef struct { const char *at[BLOCK]; float p[BLOCK]; int n; float most, total; } Block;
 
+INLINE float largest(vec v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; i++) if (v[i] > most) most = v[i];
+  return most;
+}
 // scores to weights against the largest so far; what was summed before shrinks if that grew
 INLINE void weigh(Block *b, float *y, int D) {
-  float most = b->most, shrink[LANES];
-  for (int i = 0; i < b->n; i++) if (b->p[i] > most) most = b->p[i];
-  for (int i = b->n; i < BLOCK; i++) b->p[i] = -1e30f;
-  *(vec *)shrink = exp_negative(all(b->most - most));
-  if (most > b->most) for (int i = 0; i < D; i++) y[i] *= shrink[0];
-  b->total *= most > b->most ? shrink[0] : 1;
-  b->most = most;
-  for (int i = 0; i < BLOCK; i += LANES) *(vec *)(b->p + i) = exp_negative(*(vec *)(b->p + i) - most);
-  for (int i = 0; i < b->n; i++) b->total += b->p[i];
+  vec *p = (vec *)b->p, most = all(b->most), total = {0};
+  int vectors = (b->n + LANES - 1) / LANES;
+  for (int i = b->n; i < vectors * LANES; i++) b->p[i] = -1e30f;  // its weight is next to nothing
+  for (int i = 0; i < vectors; i++) most = choose(p[i] > most, p[i], most);
+  float top = largest(most), shrink[LANES];
+  *(vec *)shrink = exp_negative(all(b->most - top));
+  if (top > b->most) for (int i = 0; i < D; i++) y[i] *= shrink[0];
+  b->total *= top > b->most ? shrink[0] : 1;
+  b->most = top;
+  for (int i = 0; i < vectors; i++) total += p[i] = exp_negative(p[i] - top);
+  b->total += sum(total);
 }
 '''
 
 # %% ../nbs/11_native.ipynb #ac43719b
 C_ADD_VALUES = r'''
-INLINE void add_values(int bf16, int wide, const Block *b, float *y, int D) {
+INLINE int apart(int bf16, int wide) { return bf16 && wide > 1; }  // y then has, of every two vectors, the even numbers first
+
+INLINE void add_values(int bf16, int wide, const Block *b, float *y, int D) {  // `wide` vectors at a time
   for (int d = 0; d < D; d += wide * LANES) {
-    vec s[4];
+    vec s[8];
     for (int j = 0; j < wide; j++) s[j] = *(vec *)(y + d + j * LANES);
-    for (int i = 0; i < b->n; i++)
-      for (int j = 0; j < wide; j++) s[j] += load(bf16, b->at[i], d + j * LANES) * b->p[i];
+    for (int i = 0; i < b->n; i++) {
+      if (apart(bf16, wide)) for (int j = 0; j < wide; j += 2) {
+        veci pairs = *(const veci *)(b->at[i] + 2 * (d + j * LANES));
+        s[j] += (vec)(pairs << 16) * b->p[i];
+        s[j + 1] += (vec)(pairs >> 16 << 16) * b->p[i];
+      }
+      else for (int j = 0; j < wide; j++) s[j] += load(bf16, b->at[i], d + j * LANES) * b->p[i];
+    }
     for (int j = 0; j < wide; j++) *(vec *)(y + d + j * LANES) = s[j];
+  }
+}
+INLINE void in_order(float *y, int D) {
+  float x[512];
+  memcpy(x, y, D * sizeof(float));
+  for (int d = 0; d < D; d += 2 * LANES) for (int i = 0; i < LANES; i++) {
+    y[d + 2 * i] = x[d + i];
+    y[d + 2 * i + 1] = x[d + LANES + i];
   }
 }
 '''
 
 # %% ../nbs/11_native.ipynb #1fc9c072
 C_ATTEND = r'''
-INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int D, int R,
+INLINE void attend_in(int bf16, int wide, const void *q, const char *k, const char *v, int D, int R,
                       int64_t first, int64_t last, float scale, float *y) {
   Block b = {.most = -1e30f};
   size_t row = (size_t)D * (bf16 ? 2 : 4), place = first % R;
@@ -344,14 +373,15 @@ INLINE void attend_in(int bf16, const void *q, const char *k, const char *v, int
       const char *key = k + place * row;
       b.at[i] = v + place * row;
       for (size_t line = 0; line < row; line += 64) {
-        __builtin_prefetch(key + BLOCK * row + line);
+        __builtin_prefetch(key + AHEAD * row + line);
         __builtin_prefetch(b.at[i] + line);
       }
       b.p[i] = scale * score(bf16, q, key, D);
     }
     weigh(&b, y, D);
-    if (D % PANEL) add_values(bf16, 1, &b, y, D); else add_values(bf16, 4, &b, y, D);
+    add_values(bf16, wide, &b, y, D);
   }
+  if (apart(bf16, wide)) in_order(y, D);
   for (int i = 0; i < D; i++) y[i] /= b.total;
 }
 '''
@@ -363,8 +393,11 @@ void attend(int bf16, const float *q, const char *k, const char *v, int D, int R
   uint16_t narrow[512];
   const void *query = q;
   if (paired(bf16, D)) { store(1, q, 1, D, narrow); query = narrow; }
-  if (bf16) attend_in(1, query, k, v, D, R, first, last, scale, y);
-  else attend_in(0, query, k, v, D, R, first, last, scale, y);
+  if (bf16 && D % (8 * LANES) == 0) attend_in(1, 8, query, k, v, D, R, first, last, scale, y);
+  else if (bf16 && D % (4 * LANES) == 0) attend_in(1, 4, query, k, v, D, R, first, last, scale, y);
+  else if (bf16) attend_in(1, 1, query, k, v, D, R, first, last, scale, y);
+  else if (D % (4 * LANES) == 0) attend_in(0, 4, query, k, v, D, R, first, last, scale, y);
+  else attend_in(0, 1, query, k, v, D, R, first, last, scale, y);
 }
 '''
 

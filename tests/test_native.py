@@ -26,6 +26,9 @@ pytestmark = pytest.mark.skipif(native_module.compiler() is None, reason='no C c
 HERE = Path(__file__).parent
 
 
+def at(x): return ctypes.c_void_p(x.data_ptr())
+
+
 @functools.cache
 def runner(dtype='float32', weights='compute', **shape): return NativeGPT(gpt(dtype, **shape), weights)
 
@@ -131,6 +134,46 @@ def test_what_was_never_written_is_never_read(monkeypatch):
     usual = play()
     monkeypatch.setattr(NativeCache, 'fresh', staticmethod(lambda *a, **kw: torch.full(a, torch.nan, **kw)))
     assert all(torch.equal(a, b) for a, b in zip(usual, play()))
+
+
+# --- attention and products, every path ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('D', [16, 32, 48, 64, 80, 96, 128, 192, 256, 320, 512])
+def test_attention_by_widths_of_heads_and_lengths_of_windows(dtype, D):
+    """All ways to add values, windows around a block of 64 keys, rings that begin anywhere; scores that rise, so that what was summed shrinks."""
+    R = 150
+    q, k, v, y = torch.randn(D), torch.randn(R, D).to(dtype), torch.randn(R, D).to(dtype), torch.full((D,), float('nan'))
+    for first, last in ((0, 0), (0, 15), (3, 66), (200, 264), (149, 150), (140, 269), (1000, 1149)):
+        places = torch.arange(first, last + 1) % R
+        for rising in (False, True):
+            keys = k.clone()
+            if rising: keys[places] = (k[places].float() + torch.linspace(0, 3, len(places))[:, None] * q).to(dtype)
+            native().attend(int(dtype == torch.bfloat16), *map(at, (q, keys, v)), D, R, ctypes.c_int64(first), ctypes.c_int64(last), ctypes.c_float(0.3), at(y))
+            asked = q.to(dtype) if dtype == torch.bfloat16 and native().pairs() and D % 32 == 0 else q
+            expected = (.3 * keys[places].double() @ asked.double()).softmax(0) @ v[places].double()
+            assert (y - expected).norm() < 2e-5 * max(1, expected.norm()), (first, last, rising)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('N, K', [(64, 16), (192, 64), (640, 96)])
+def test_products_of_any_number_of_rows(dtype, N, K):
+    """Whole tiles and the rest of one, by one thread's share of the panels; a row has the same bits in any number of them."""
+    panels, x = native_module.Panels(torch.randn(N, K).to(dtype)), torch.randn(50, K).to(dtype)
+    given_x = x if dtype == torch.bfloat16 and native().pairs() else x.float()
+    expected, first = x.double() @ native_weight(panels, N, K).double().T, None
+    for M in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 18, 19, 24, 25, 37, 50):
+        y = torch.full((M, N), float('nan'))
+        for part in range(3): native().product(0, ctypes.byref(panels.c), at(given_x), M, at(y), N, part, 3)
+        assert torch.allclose(y.double(), expected[:M], atol=1e-4)
+        first = y if first is None else first
+        assert torch.equal(y[:1], first)
+
+
+def native_weight(panels, N, K):
+    """(N, K) from panels."""
+    w = panels.weight
+    return (w.permute(0, 2, 1, 3) if w.ndim == 4 else w.transpose(1, 2)).reshape(-1, K)[:N]
 
 
 # --- any vectors, any threads ----------------------------------------------------------------------------------------
