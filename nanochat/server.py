@@ -1177,7 +1177,8 @@ def clocked(base: type) -> type:
 def make_server(app: Any) -> Any:
     "A uvicorn server that leaves signals to us, closes idle connections and says in JSON that a request was not HTTP."
     import uvicorn
-    config = uvicorn.Config(app, ws='none', log_level='warning', access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=2)
+    # what the tests know: httptools and uvloop, where installed, would be taken by themselves; they brought no speed (dev/LOG.md), and httptools sends HTTP/1.0 clients chunks
+    config = uvicorn.Config(app, http='h11', loop='asyncio', ws='none', log_level='warning', access_log=False, server_header=False, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=2)
     config.load()
     config.http_protocol_class = clocked(config.http_protocol_class)
     server = uvicorn.Server(config)

@@ -1,6 +1,6 @@
 """The server's endpoints: a real process asked by the official client and by sockets, and the same application in a thread where a test must reach inside."""
 import asyncio, gc, json, math, subprocess, sys, threading, time, urllib.request
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -311,6 +311,17 @@ def test_not_even_http(web):
             w.send(raw + b'\r\n\r\n')
             head, body = w.read_all().split(b'\r\n\r\n', 1)
             check_error(int(head.split()[1]), json.loads(body), 400)
+
+
+def test_what_else_is_installed_changes_nothing(known, monkeypatch):
+    """uvicorn takes httptools and uvloop by itself where they are; then clients of HTTP/1.0 would get chunks."""
+    for name in ('httptools', 'uvloop'): monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ('http.auto', 'http.httptools_impl'): monkeypatch.delitem(sys.modules, f'uvicorn.protocols.{name}', raising=False)
+    body = json.dumps(ask(stream=True)).encode()
+    with running(known) as site, Wire(int(site.url.rsplit(':', 1)[1])) as w:
+        w.send(b'POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body))
+        head, events = w.read_all().split(b'\r\n\r\n', 1)
+    assert b' 200 ' in head and events.startswith(b'data: ') and events.endswith(b'data: [DONE]\n\n') and b'\r\n' not in events
 
 
 def test_half_requests_leave_nothing(web):
