@@ -3,6 +3,7 @@ import copy
 import json
 import pickle
 import random
+import re
 import zlib
 from collections import Counter
 
@@ -345,6 +346,17 @@ def test_tok_train_limits_and_refusals(own_corpus):
     assert tok_train(TokTrainConfig(corpus=str(own_corpus), vocab_size=300, max_chars=1000, doc_cap=300))['chars'] == 1000
     for bad in (dict(vocab_size=264), dict(max_chars=0), dict(doc_cap=0), dict(corpus='/no/such/folder')):
         with pytest.raises(UserError): tok_train(TokTrainConfig(**{'corpus': str(own_corpus), **bad}))
+
+
+@pytest.mark.parametrize('settings,unit', [({}, 'B'), (dict(doc_cap=20), 'B'), (dict(max_chars=300), 'char'), (dict(max_chars=3000), 'char')])
+def test_tok_train_bar_ends_at_all_of_it(tmp_path, capsys, settings, unit):
+    """Chinese has three bytes for a character: the bar's total and its end are in the same unit, whatever ends the reading."""
+    from nanochat.scripts.tok_train import TokTrainConfig, tok_train
+    (tmp_path/'poems').mkdir()
+    for i in range(12): (tmp_path/'poems'/f'{i}.txt').write_text('床前明月光疑是地上霜举头望明月低头思故乡'[i:] * 20, encoding='utf8')
+    tok_train(TokTrainConfig(corpus=str(tmp_path/'poems'), vocab_size=280, **settings))
+    last = [line for line in capsys.readouterr().err.splitlines() if line.startswith('reading text')][-1]
+    assert re.match(rf'reading text (\S+)/\1 100% {unit} ', last), last
 
 
 def test_tok_eval_stays_off_the_network(own_corpus, tmp_path, monkeypatch, capsys):
