@@ -7,7 +7,7 @@
 
 started=$SECONDS
 script=$(basename "$0" .sh)
-dry=0 toy=0 gpus='' price='' stages_done=0 launches=0
+dry=0 toy=0 gpus='' price='' entered='' stages_done=0 launches=0
 nodes=${NNODES:-1} node=${NODE_RANK:-0} head=${HEAD_ADDR:-127.0.0.1} port=${HEAD_PORT:-29500}
 
 help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
@@ -45,11 +45,12 @@ whole() {
     for name in "$@"; do [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "--${name//_/-} takes a whole number from 1, not '${!name}'"; done
 }
 
-# Packages: those on the PATH if they are there (you typed nbdev_export with them), else a virtual environment of this project.
+# Packages: those on the PATH if they are there, else a virtual environment of this project.
 packages() {
     local probe='import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in ("torch", "tyro", "pyarrow", "tiktoken", "rustbpe", "safetensors")))'
     python -c "$probe" 2>/dev/null && return
     local venv=${NANOCHAT_VENV:-$ROOT/.venv} found
+    entered=". $(printf %q "${venv/#$ROOT\//}")/bin/activate && "
     if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$probe"; then
         # shellcheck disable=SC1091
         . "$venv/bin/activate"; return
@@ -70,7 +71,8 @@ plan() {
     local flags=(--script "$script" --gpus "$procs" --nodes "$nodes" --out "$told")
     [ $dry = 1 ] || flags+=(--check)
     [ -z "$price" ] || flags+=(--price "$price")
-    [ "${NANOCHAT_DEVICE:-}" != cpu ] || flags+=(--device cpu)
+    # On Apple's GPU too the plan is the CPU's: it has the same memory, and no NVIDIA card is wanted.
+    case ${NANOCHAT_DEVICE:-} in cpu|mps) flags+=(--device cpu) ;; esac
     if [ "$node" = 0 ]; then python -m nanochat.scripts.doctor plan "${flags[@]}" "$@" || exit $?
     else python -m nanochat.scripts.doctor plan "${flags[@]}" "$@" >/dev/null || exit $?; fi
 }
@@ -136,3 +138,11 @@ tokenizer() {
 trained() { [ $dry = 0 ] && [ -f "$base/base_checkpoints/$1/result.json" ]; }
 
 done_in() { [ "$node" != 0 ] || say "$1 $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. The plan said: $(told all)."; }
+
+# chats SOURCE: how to talk to the model of $tag, with this script's environment and the chat's packages where a new shell would be without them.
+chats() {
+    local model="--source $1 --model-tag $tag" serve=''
+    [ "$node" = 0 ] || return 0
+    python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("fastapi", "gradio"))))' || serve="pip install -e '.[serve]' && "
+    say "Chat in a browser: $entered${serve}python -m nanochat.scripts.chat_web $model    In the terminal: ${entered}python -m nanochat.scripts.chat_cli $model"
+}

@@ -6,7 +6,7 @@
 #   --minutes N   time for pretraining, fine-tuning and reinforcement learning together (default 7)
 #   --depth D     layers of the model; width and everything else follow from it (default 4)
 #   --no-chat     stop after the report
-#   --fresh       train again what is already there
+#   --fresh       train again what is already there; needed with other --minutes
 #
 # Restartable: type it again after Ctrl-C or a crash. Finished stages are recognised and skipped, an unfinished
 # training run goes on from its last checkpoint. Everything is written below $NANOCHAT_BASE_DIR (~/.cache/nanochat).

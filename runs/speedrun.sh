@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The speedrun: a chat model of GPT-2's quality from nothing, on one machine with 8 H100. Type nbdev_export before it, then:
+# The speedrun: a chat model of GPT-2's quality from nothing, on one machine with 8 H100. If you have edited notebooks, type nbdev_export first.
 #
 #   bash runs/speedrun.sh [--dry-run] [--toy] [--gpus N] [--depth D] [--ratio R] [--shards S] [--device-batch-size B] [--tag NAME] [--questions LIST] [--precision bf16] [--price P]
 #
@@ -85,4 +85,4 @@ stage report "Report"
 price=${price:-$(told price)}
 run python -m nanochat.scripts.report ${price:+--price-per-hour "$price"}
 [ $dry = 1 ] || done_in "Done in"
-[ "$node" != 0 ] || say "Chat in a browser: python -m nanochat.scripts.chat_web --source sft --model-tag $tag    In the terminal: python -m nanochat.scripts.chat_cli --source sft --model-tag $tag"
+chats sft

@@ -8,6 +8,9 @@ import yaml
 from nanochat.common import parse_config
 from nanochat.dataset import DatasetConfig
 from nanochat.scaling import gpt_config, plan_training
+from nanochat.scripts.chat_sft import ChatSFTConfig
+from nanochat.scripts.mid_train import items_of, with_mixture
+from nanochat.tasks.mixture import need_data
 from test_command_lines import config_of
 from warm_python import warm_python
 
@@ -110,6 +113,27 @@ def test_the_numbers_of_a_plan_are_the_packages(dry):
         assert abs(int(steps.replace(',', '')) / p.num_iterations - 1) < .01 and abs(p.flops / budget - 1) < .01
     narrated = [line for name, words in (('miniseries', 'Depth'), ('scaling_laws', 'Budget')) for line in dry[name].splitlines() if re.match(rf'\x1b\[1m\d+ +{words}', line)]
     assert len(narrated) == 8 + 24 and all(re.search(r'tokens, about .*(min|h), \$', line) for line in narrated)
+
+
+@pytest.mark.parametrize('corpus', ['climbmix', 'fineweb-edu'])
+def test_a_laptop_fine_tunes_without_the_hub_after_its_corpora(warm, corpus, tmp_path, monkeypatch):
+    """Nothing but the corpus is fetched, so nothing else may be wanted an hour later."""
+    said = good(run(warm, tmp_path/'base', f'runs/runcpu.sh --dry-run --corpus {corpus}'))
+    seen = {m: a for _, m, a in commands(said)}
+    assert seen['dataset'] == [corpus, '--shards', '8'] and f'8 shards of {corpus}: about' in said and f'Corpus: {corpus}  (about' in said
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path/'base'))
+    items = items_of(with_mixture(parse_config(ChatSFTConfig, seen['scripts.chat_sft']), corpus))
+    need_data(items)
+    assert [i.name for i in items][-1] == 'identity-hub'
+
+
+def test_a_toy_reads_what_it_prepares(warm, tmp_path):
+    seen = commands(good(run(warm, tmp_path/'base', 'runs/runcpu.sh --dry-run --toy --corpus climbmix')))
+    assert {a[a.index('--corpus') + 1] for _, _, a in seen if '--corpus' in a} == {'stdlib'} and seen[0][2][0] == 'stdlib' and not any('--mixture' in a for _, _, a in seen)
+
+
+def test_apple_s_gpu_is_not_missing(warm, tmp_path):
+    assert 'missing' not in good(run(warm, tmp_path/'base', 'runs/runcpu.sh --dry-run', NANOCHAT_DEVICE='mps'))
 
 
 # What is refused
@@ -218,6 +242,22 @@ def test_no_sandbox_is_said_before_the_first_stage(tmp_path):
     assert done.returncode == 2 and typed == [] and '--questions arc-easy,arc-challenge,mmlu,gsm8k,spellingbee' in done.stderr
     done, typed = recorded(tmp_path, 'runs/speedrun.sh --questions arc-easy,gsm8k', NO_SANDBOX='1')
     assert '--tasks arc-easy,gsm8k' in ' '.join(next(a for _, m, a in typed if m == 'scripts.chat_eval')), done.stderr
+
+
+def test_the_last_line_can_be_typed_in_a_new_shell(tmp_path):
+    """The packages are in an environment that only the script has entered, and the chat's are not among them."""
+    tools, venv = tmp_path/'tools', tmp_path/'my venv'
+    for folder, text in ((tools, '#!/bin/sh\nexit 1\n'), (venv/'bin', RECORDER.replace('in\n', 'in\n    *gradio*) exit 1 ;;\n', 1))):
+        folder.mkdir(parents=True)
+        (folder/'python').write_text(text)
+        (folder/'python').chmod(0o755)
+    (venv/'bin'/'activate').write_text(f'PATH="{venv}/bin:$PATH"')
+    (tmp_path/'told').touch()
+    env = os.environ | dict(PATH=f'{tools}{os.pathsep}{os.environ["PATH"]}', NANOCHAT_VENV=str(venv), TOLD=str(tmp_path/'told'), LOG=str(tmp_path/'log'), NANOCHAT_BASE_DIR=str(tmp_path/'base'))
+    said = good(subprocess.run(['bash', 'runs/runcpu.sh', '--dry-run'], cwd=ROOT, env=env, capture_output=True, text=True)).splitlines()[-1]
+    enter = f'. {tmp_path}/my\\ venv/bin/activate && '
+    assert f"browser: {enter}pip install -e '.[serve]' && python -m nanochat.scripts.chat_web --source rl --model-tag d6 " in said and f'terminal: {enter}python -m nanochat.scripts.chat_cli' in said
+    assert 'browser: python -m nanochat.scripts.chat_web' in recorded(tmp_path, 'runs/runcpu.sh')[0].stdout
 
 
 def test_own_texts_on_a_laptop(tmp_path):
