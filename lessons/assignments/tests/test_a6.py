@@ -10,6 +10,7 @@ BOS, US, UE, AS, AE, PS, PE, OS, OE = range(1000, 1009)
 
 
 def encode(text): return [ord(c) for c in text]
+def pairs(text): return [sum(map(ord, text[i:i + 2])) for i in range(0, len(text), 2)]
 def user(text): return dict(role='user', content=text)
 def assistant(text): return dict(role='assistant', content=text)
 
@@ -47,11 +48,12 @@ def test_mask_of_marks(student):
 
 @pytest.mark.points(2, exercise=1)
 def test_system(student):
-    "The system's text goes in front of the first user's, with an empty line between, and only there; the messages themselves stay as they are."
+    "The system's text goes in front of the first user's, with an empty line between, as one text to encode, and only there; the messages themselves stay as they are."
     messages = [dict(role='system', content='S'), *CHAT]
     reply = student.request('render', messages, encode, SPECIAL, after=True)
     ids, mask = reply.value
     assert list(ids) == [BOS, US, *encode('S\n\nab'), *IDS[4:]] and list(mask) == [0] * 3 + MASK and reply.after[0] == messages
+    assert list(student.render(messages, pairs, SPECIAL)[0])[2:5] == pairs('S\n\nab'), 'the system text was encoded by itself'
 
 
 # 2. Tool calls
