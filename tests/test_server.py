@@ -12,6 +12,7 @@ from nanochat import server
 from nanochat.chat import Answer
 from nanochat.common import UserError, cli, read_jsonl
 from nanochat.engine import Engine, Scheduler
+from nanochat.scripts import chat_web as web_script
 from nanochat.scripts.chat_web import ChatWebConfig, add_page, chat_web
 from nanochat.server import EAGER, APIError, Choice, Cutter, Pool, Running, Served, Service, build_app, content_of, parse_request, parts_of, read_json
 from server_process import PARTS, QUESTION, SAID, Process, Wire, ask, check_error, endless_model, events, free_port, get, known_by_heart, post, save, text_of, tokenizer, wait_for
@@ -713,6 +714,24 @@ def test_bad_flags_are_one_sentence(flags, words, capsys):
     with pytest.raises(SystemExit) as stop: cli(ChatWebConfig, chat_web, ['--device', 'cpu', '--port', str(free_port()), *flags])
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and words in err and err.count('\n') == 1 and out == ''
+
+
+def test_a_port_that_one_may_not_use(monkeypatch):
+    """No program holds it, and another address would not help."""
+    def refuse(host, port): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(web_script, 'listen', refuse)
+    with pytest.raises(UserError, match='port 80 is reserved .* try --port 8000') as refused: web_script.bind('127.0.0.1', 80)
+    assert 'another program' not in str(refused.value)
+
+
+@pytest.mark.parametrize('cores, threads', [(2, 1), (8, 7), (1.5, 1), (1, 1)])
+def test_cores_that_may_not_be_used_get_no_thread(cores, threads, monkeypatch):
+    """A container's share of a machine with 64 cores."""
+    set_to = []
+    monkeypatch.setattr(web_script.os, 'cpu_count', lambda: 64)
+    monkeypatch.setattr(web_script, 'usable_cores', lambda: cores, raising=False)
+    monkeypatch.setattr(web_script.torch, 'set_num_threads', set_to.append)
+    assert web_script.use_threads(None) == threads and web_script.use_threads(3) == 3 and set_to == [threads, 3]
 
 
 def test_from_a_notebook(known, base_directory, capsys):

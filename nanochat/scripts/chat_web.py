@@ -15,6 +15,7 @@ import torch
 
 from ..common import UserError, cli
 from ..demo import build_demo, describe, import_gradio, look
+from .doctor import usable_cores
 from ..server import LOCAL, PACE, Pool, Running, Served, Service, build_app, check_key, choose_devices, listen, load_pool, serve, url_of
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #b4b278d0
@@ -49,10 +50,11 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 def bind(host: str, port: int) -> socket.socket:
-    "A socket on that port. Raises `UserError` with a free port when it is taken or is none."
+    "A socket on that port. Raises `UserError` with another port when it is taken, forbidden, or none."
     if not 0 < port < 65536: raise UserError(f'--port {port} is not a port; use one from 1 to 65535, for example 8000')
     try: return listen(host, port)
     except socket.gaierror as e: raise UserError(f'cannot listen on {host}: no such address; try --host 127.0.0.1') from e
+    except PermissionError as e: raise UserError(f'--port {port} is reserved on this machine, as those below 1024 mostly are; try --port 8000') from e
     except OSError: pass
     free = next((p for p in range(port + 1, min(port + 100, 65536)) if port_is_free(host, p)), None)
     raise UserError(f'cannot listen on {host}:{port}: another program does, or the address is not this machine\'s; ' + (f'try --port {free}' if free else 'try --host 127.0.0.1'))
@@ -87,8 +89,8 @@ def check_config(cfg: ChatWebConfig) -> None:
 
 # %% ../../nbs/scripts/09_chat_web.ipynb #fee14814
 def use_threads(threads: int | None) -> int:
-    "Set how many threads compute on the CPU, by default all cores but one; returns their number."
-    n = threads or max(1, (os.cpu_count() or 2) - 1)
+    "Set how many threads compute on the CPU, by default all cores but one that this process may use; returns their number."
+    n = threads or max(1, int(usable_cores()) - 1)
     torch.set_num_threads(n)
     return n
 
