@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_MESSAGES', 'MOST_CHARACTERS', 'MOST_SEED', 'EXAMPLES', 'CSS', 'JS', 'TOGGLE', 'HEAD', 'HINT', 'WELCOME',
            'plain_question', 'typed', 'tool_bubble', 'part_bubbles', 'bubbles', 'before_question', 'is_message',
-           'recalled', 'Frame', 'answer_frame', 'answer_frames', 'converse', 'sampling_of', 'Turn', 'Turns',
-           'import_gradio', 'look', 'Page', 'Touch', 'shared', 'build_demo', 'close_both', 'describe', 'load_engine',
-           'launch']
+           'recalled', 'Frame', 'answer_frame', 'cut_reason', 'answer_frames', 'converse', 'sampling_of', 'Turn',
+           'Turns', 'import_gradio', 'look', 'Page', 'Touch', 'shared', 'build_demo', 'close_both', 'describe',
+           'load_engine', 'launch']
 
 # %% ../nbs/17_demo.ipynb #6dc5cda9
 import contextlib, html, inspect, itertools, json, os, re, threading, time, traceback
@@ -92,6 +92,11 @@ def answer_frame(asked: list[dict], answer: Any, seconds: float, ended: str = ''
     return Frame(with_answer(asked, answer), line, trimmed_note(answer))
 
 # %% ../nbs/17_demo.ipynb #0fcc5c27
+def cut_reason(answer: Any, most: int) -> str:
+    "Why an answer that nobody stopped has no end."
+    if answer.prompt_tokens + answer.tokens >= answer.limit: return 'the context is full'
+    return 'cut off: the longest answer is set to that' if answer.tokens >= most else 'cut off: the server is closing'
+
 def answer_frames(engine: Any, flag: threading.Event, asked: list[dict], sampling: Sampling, pause: float) -> Iterator[Frame]:
     "Frames of one answer, at most one every `pause` seconds, and a last one that says how it ended."
     first = shown = answer = None
@@ -104,7 +109,7 @@ def answer_frames(engine: Any, flag: threading.Event, asked: list[dict], samplin
                 yield answer_frame(asked, answer, now - first)
                 shown = now
     if answer is None: return
-    ended = '' if answer.done else 'stopped' if flag.is_set() else 'the context is full' if answer.prompt_tokens + answer.tokens >= answer.limit else 'cut off: the longest answer is set to that'
+    ended = '' if answer.done else 'stopped' if flag.is_set() else cut_reason(answer, sampling.max_tokens)
     yield answer_frame(asked, answer.finish(), now - first, ended)
 
 # %% ../nbs/17_demo.ipynb #b60652d8
@@ -336,7 +341,8 @@ class Page:
 
     def begin(self, session: str, messages: list[dict], text: str, system: str | None, *settings: float | None, box: str | None = None) -> tuple:
         "Show the question that follows `messages`; the answer is still to be queued."
-        messages, sampling = recalled(messages), sampling_of(*settings)
+        unanswered = bool(messages) and messages[-1]['role'] == 'user'  # stopped while it waited
+        messages, sampling = recalled(messages[:-1] if unanswered else messages), sampling_of(*settings)
         turn = Turn(Frame(with_question(messages, text), 'reading …', box=box), messages, text, system or '', sampling, 'asked')
         self.turns.start(session, turn)
         if len(self.turns) > self.places: turn.frame = replace(turn.frame, status='waiting for a free place …')

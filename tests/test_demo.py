@@ -240,6 +240,19 @@ def test_stop_before_the_first_token(touch, tmp_path):
     assert touch.ask('s', None, 'again', [], *FORM)[1][-1]['content'] == 'again'     # and the page is free again
 
 
+def test_a_question_stopped_while_it_waits_takes_nothing_with_it(touch):
+    """The next question is asked before the stopped one has said its last: what was said before stays, on the page and in the browser."""
+    touch.ask('s', None, 'fox', [], *FORM)
+    *_, last = touch.answer('s', None)
+    assert len(last[0]) == 2
+    touch.ask('s', None, 'another', last[0], *FORM)
+    touch.stop('s', None)
+    kept, page, *_ = touch.ask('s', None, 'third', last[0], *FORM)
+    assert kept == last[0] and [b['content'] for b in page if b['role'] == 'user'] == ['fox', 'third']
+    *_, end = touch.answer('s', None)
+    assert [m['content'] for m in end[0] if m['role'] == 'user'] == ['fox', 'third']
+
+
 def test_a_visitor_who_left_is_not_answered(touch, tmp_path):
     touch.ask('s', None, 'fox', [], *FORM)
     touch.leave('s', None)
@@ -283,6 +296,19 @@ def test_many_visitors_of_one_scheduler(tiny):
         wait_for(lambda: scheduler.unfinished() == 0)     # Stop frees the slot
         assert seen[-1].status.startswith('4 tokens') and len(seen) == 4
     for text in alone: assert together[text][-1].messages == alone[text][-1].messages and together[text][-1].status.split()[0] == alone[text][-1].status.split()[0]
+
+
+def test_the_reason_of_a_cut(tiny):
+    """The longest answer, or a server that closes, which is not the reader's setting."""
+    from nanochat.engine import Scheduler
+    ask = lambda most: converse(scheduler, threading.Event(), [], 'hello', sampling=Sampling(temperature=1., top_k=0, max_tokens=most), pause=0)
+    with Scheduler(tiny) as scheduler:
+        assert [f.status for f in ask(3)][-1].endswith('the longest answer is set to that')
+        frames = ask(200)
+        for _, frame in zip(range(3), frames): pass
+        scheduler.close(drain=False)
+        *_, last = frames
+    assert last.status.endswith('cut off: the server is closing'), last
 
 
 def test_a_full_queue_puts_the_question_back(tiny):
