@@ -569,6 +569,8 @@ class Service:
 # %% ../nbs/16_server.ipynb #b9ad7525
 def place(service: Service, ids: list[int], chat: ChatRequest) -> tuple[int, list[Any]]:
     "Hand a request to the pool; a full queue becomes 429, other refusals 400."
+    most = max(s.slots + s.max_waiting for s in service.pool.schedulers)
+    if chat.n > most: raise APIError(400, f"'n' is {chat.n} and this server takes {most} answers at once; ask for fewer.", 'n', 'invalid_value')
     settings = dict(max_tokens=min(chat.max_tokens, service.pool.limit - len(ids)), temperature=chat.temperature, top_k=chat.top_k or None, top_p=max(chat.top_p, 1e-6))
     try: return service.pool.place(ids, [chat.seed + i for i in range(chat.n)], **settings)
     except Busy as e: raise APIError(429, f'All slots are taken and the queue is full; try again in {e.retry_after} s.', code='rate_limit_exceeded', headers={'Retry-After': str(e.retry_after)}) from e
@@ -1238,7 +1240,7 @@ async def stop_gently(service: Service, server: Any, seconds: float) -> None:
         print(f'some answers were cut off after {seconds:g} s', file=sys.stderr)
         await asyncio.to_thread(service.pool.close, drain=False, timeout=2)
         await drained(service, 2)
-    end_now(server, 2)
+    if not server.should_exit: end_now(server, 2)  # else a second signal asked for more haste
 
 async def stop_soon(service: Service, server: Any, seconds: float = 1.0) -> None:
     "Cut off what is running, give `seconds` to say so, and end the server."

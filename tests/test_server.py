@@ -583,6 +583,28 @@ def test_busy_is_429(known):
         assert status == 200
 
 
+def test_more_answers_than_there_will_ever_be_room_for(known):
+    """'try again' would be said for ever."""
+    with running(known, slots=1, max_waiting=1) as r:
+        error = check_error(*post(r.url + '/v1/chat/completions', ask(n=8))[:2], 400)
+        assert error['param'] == 'n' and 'takes 2 answers' in error['message']
+        assert post(r.url + '/v1/chat/completions', ask(n=2, max_tokens=2))[0] == 200
+
+
+def test_a_second_signal_is_not_slowed_by_the_first(known):
+    """What ends gently must not give open pages two more seconds after somebody asked for haste."""
+    async def both():
+        fake, service = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=9), should_exit=False), service_of(known)
+        service.busy = lambda: time.monotonic() < end
+        end = time.monotonic() + .3
+        gently = asyncio.create_task(server.stop_gently(service, fake, 5))
+        await asyncio.sleep(.05)
+        await server.stop_soon(service, fake, .05)
+        await gently
+        return fake.config.timeout_graceful_shutdown
+    assert asyncio.run(both()) == 0
+
+
 def test_page_and_key(known):
     """Gradio at '/', behind its own login when there is a key, and errors in one form there too."""
     pytest.importorskip('gradio', reason='gradio is not installed')
