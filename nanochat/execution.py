@@ -7,7 +7,7 @@ __all__ = ['MAX_CHARS', 'MAX_BITS', 'LAYERS', 'MAX_CODE_CHARS', 'looks_like_calc
            'ExecutionResult', 'execute_many', 'execute_code', 'SandboxStatus', 'sandbox_status']
 
 # %% ../nbs/11_execution.ipynb #fe5a55bd
-import ast, ctypes, functools, inspect, marshal, math, operator, os, platform, re, secrets, select, selectors, shutil, signal, struct, subprocess, sys, tempfile, time
+import ast, ctypes, functools, inspect, marshal, math, operator, os, platform, re, secrets, select, selectors, shutil, signal, struct, subprocess, sys, tempfile, time, types
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .common import UserError
 
 # %% ../nbs/11_execution.ipynb #35999bd1
-MAX_CHARS = 500   # longer texts are refused unread; 500 characters nest at most 250 deep, well inside Python's own limits
+MAX_CHARS = 500   # longer texts are refused unread; 500 characters nest at most 499 deep (signs), and where Python's stack does not suffice there is no answer
 _WORD = r"""(?:'[^'\\\x00-\x1f]*'|"[^"\\\x00-\x1f]*")"""
 _COUNT = re.compile(rf'{_WORD}\.count\( *{_WORD} *\)')
 _ARITHMETIC = re.compile(r'[0-9+\-*/%(). ]+', re.ASCII)
@@ -37,7 +37,7 @@ def _checked(value: object) -> int | float:
     raise ValueError('not a number of a reasonable size')
 
 def _power_fits(base: int | float, exponent: int | float) -> bool:
-    "Whether `base ** exponent` stays within MAX_BITS, known without computing it. Floats cannot explode: they overflow."
+    "Whether `base ** exponent` can stay within MAX_BITS, known without computing it: if not, it has more bits. Floats cannot explode: they overflow."
     return type(base) is float or type(exponent) is float or abs(base).bit_length() * abs(exponent) <= MAX_BITS + abs(exponent)
 
 # %% ../nbs/11_execution.ipynb #3c6d1274
@@ -400,7 +400,7 @@ _SENT = (_call, _attempt, _namespaces, _unshare_as_nobody, _visible, _bind, _mou
          _describe, _run, _flush, _descriptors, _confine, _die_with_parent, _program_process, _keeper_process, _launch)
 
 @functools.cache
-def _program() -> bytes:
+def _program() -> types.CodeType:
     "The launcher's code, compiled."
     lines = ['import atexit, ctypes, os, resource, select, struct, sys', *map(inspect.getsource, _SENT), '_launch(job)']
     return compile('\n'.join(lines), '<sandbox>', 'exec')
@@ -537,6 +537,11 @@ def _notes(line: bytes) -> dict[str, str]:
     return {layer.decode(): bytes.fromhex(note.decode()).decode() for layer, _, note in (word.partition(b"=") for word in line.split(b"\n")[0].split()[1:])}
 
 # %% ../nbs/11_execution.ipynb #29fbd394
+def _unhex(word: bytes) -> str:
+    "Text that was sent as hexadecimal digits, or what to say if it was not: the code may have written it itself."
+    try: return bytes.fromhex(word.decode('ascii')).decode('utf8', 'replace')
+    except ValueError: return 'failed, and spoilt its own report'
+
 def _verdict(run: _Run) -> ExecutionResult:
     "The result of a run that has ended."
     first, *later = run.text['report'].split(b'\n')
@@ -544,7 +549,7 @@ def _verdict(run: _Run) -> ExecutionResult:
     if not first.startswith(b'start'): raise RuntimeError(f"the sandbox did not start: {bytes.fromhex(first[7:].decode()).decode() if first.startswith(b'broken') else err[-2000:] or 'no report'}")
     said = next((line.split()[1:] for line in later if line.startswith(run.token + b' ')), [])
     how = int(run.text['status'] or -1)
-    done, error = said == [b'done'] and how == 0, bytes.fromhex(said[1].decode()).decode('utf8', 'replace') if len(said) == 2 else None
+    done, error = said == [b'done'] and how == 0, _unhex(said[1]) if len(said) == 2 else None
     late = run.timed_out or (os.WIFSIGNALED(how) and os.WTERMSIG(how) == signal.SIGXCPU and how > 0)
     if run.flooded: error = f'more than {run.options.maximum_output_bytes} bytes of output'
     elif late: error = f'still running after {run.options.timeout:g} s'

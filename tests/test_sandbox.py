@@ -675,6 +675,20 @@ def test_a_flood_of_reports_is_cut(strong):
     assert not result.success
 
 
+def test_a_report_of_its_own_is_no_exception(strong):
+    """Code that walks the frames to the token can say what it likes (the notebook says so); what it says wrongly is its own failure."""
+    for words in ('fail zz', 'fail \\xff\\xfe', 'fail 0', 'memory', 'done done'):
+        result = strong(f'''
+import os, sys
+f = sys._getframe()
+while 'job' not in f.f_locals: f = f.f_back
+for fd in range(3, 1100):
+    try: os.write(fd, f.f_locals['job']['token'] + b' {words}\\n')
+    except OSError: pass
+os._exit(0)''')
+        assert not result.success and result.error, (words, result)
+
+
 def test_output_at_the_limit(strong):
     assert strong('print("x" * 99, end="")', maximum_output_bytes=99).success
     result = strong('print("x" * 100, end="")', maximum_output_bytes=99)
