@@ -17,7 +17,7 @@ __all__ = ['CacheMemory', 'KVCache', 'next_token_odds', 'pick', 'is_whole', 'che
 import asyncio, copy, hashlib, itertools, math, operator, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def pick(logits: Tensor, u: Tensor | None, temperature: float = 1.0, top_k: int 
 # %% ../nbs/12_engine.ipynb #3603d1df
 def is_whole(value: Any) -> bool:
     "Whether this is a whole number: 3, 3.0, numpy's or torch's 3, but not nan or infinity."
-    try: return math.isfinite(value) and value == int(value)
+    try: return bool(math.isfinite(value) and value == int(value))
     except (TypeError, ValueError, OverflowError): return False
 
 def check_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> None:
@@ -118,7 +118,7 @@ def sample_next_token(logits: Tensor, rng: torch.Generator, temperature: float =
     "Draw the next token of every row: logits (B, V) to ids (B, 1). Uses one number of `rng` per row, in order; none at temperature 0."
     check_sampling(temperature, top_k, top_p)
     u = torch.rand(logits.shape[0], generator=rng, device=rng.device).to(logits.device) if temperature else None
-    return pick(logits, u, temperature, top_k, top_p)
+    return pick(logits, u, temperature, int(top_k) if top_k else None, top_p)
 
 # %% ../nbs/12_engine.ipynb #bdee777c
 def uniforms(seed: int, sample: int = 0) -> Iterator[float]:
@@ -236,9 +236,9 @@ class Draw:
     top_p: float | None = None  # None or 1: every token
 
     def check(self) -> 'Draw':
-        "Itself; raises `UserError` for settings without meaning."
+        "The same with an int for `top_k`; raises `UserError` for settings without meaning."
         check_sampling(self.temperature, self.top_k, self.top_p)
-        return self
+        return replace(self, top_k=None if self.top_k is None else int(self.top_k))
 
 # %% ../nbs/12_engine.ipynb #dca25898
 @dataclass(slots=True)
@@ -559,12 +559,12 @@ class EngineCore(EngineModel):
     "Makes loops."
     def decoder(self, prompts: list[list[int]], max_tokens: int | None, seeds: list[int], num_samples: int, slots: int, draw: Draw) -> Decoder:
         "The loop for these prompts. Raises `UserError` before any work."
-        if num_samples < 1: raise UserError(f'num_samples {num_samples} is too small; use 1 or more')
-        draw.check()
+        if not is_whole(num_samples) or num_samples < 1: raise UserError(f'num_samples {num_samples} will not do; use a whole number from 1 up')
+        draw = draw.check()
         if len(seeds) != len(prompts): raise UserError(f'{len(seeds)} seeds for {len(prompts)} prompts; give one for each, or a single number')
         prompts = [token_ids(p) for p in prompts]
         budgets = [check_request(self.model, p, max_tokens) for p in prompts]
-        return Decoder(self.runner(), self.tokenizer, Requests(prompts, budgets, seeds, num_samples, draw), slots)
+        return Decoder(self.runner(), self.tokenizer, Requests(prompts, budgets, seeds, int(num_samples), draw), slots)
 
 # %% ../nbs/12_engine.ipynb #dd11981e
 def text_pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -918,7 +918,8 @@ class SchedulerStart(SchedulerLoop):
         chunk = chunk_on(engine.model.get_device()) if chunk is None else chunk
         for name, value, least in (('slots', slots, 1), ('max_waiting', max_waiting, 0), ('limit', limit or 2, 2), ('chunk', chunk, 1), ('kept', kept or 0, 0)):
             if not is_whole(value) or value < least: raise UserError(f'{name}={value} will not do; use a whole number from {least} up')
-        super().__init__(engine, slots, min(limit or engine.model.config.sequence_len, context_limit(engine.model)), chunk, slots if kept is None else kept)
+        slots, max_waiting, chunk, kept = int(slots), int(max_waiting), int(chunk), int(slots if kept is None else kept)
+        super().__init__(engine, slots, min(int(limit or engine.model.config.sequence_len), context_limit(engine.model)), chunk, kept)
         self.max_waiting, self._numbers = max_waiting, itertools.count(1)
         dismiss_team()
 

@@ -409,6 +409,19 @@ def test_settings_without_meaning_are_refused(kw):
     for fine in (dict(temperature=0), dict(top_k=0), dict(top_p=1.0), dict(top_p=None), dict(max_tokens=None)): engine.generate([1], **fine)
 
 
+@pytest.mark.parametrize('in_c', [True, False])
+def test_whole_numbers_of_any_kind(model, in_c):
+    """3.0 and numpy's and torch's 3 mean 3, wherever a whole number is asked for."""
+    engine = Engine(model, TOK, in_c=in_c)
+    expected = engine.generate_batch([5, 7], 2, max_tokens=6, top_k=3)
+    for three, two in ((3.0, 2.0), (np.int64(3), np.float32(2)), (torch.tensor(3), torch.tensor(2.))):
+        assert engine.generate_batch([5, 7], two, max_tokens=6, top_k=three) == expected
+        with Scheduler(engine, slots=two, max_waiting=three, chunk=three, kept=two, limit=60.0) as s:
+            assert [([t], [m]) for t, m in s.submit([5, 7], max_tokens=6, top_k=three)] == list(engine.generate([5, 7], max_tokens=6, top_k=3))
+    assert sample_next_token(torch.zeros(2, 9), torch.Generator(), top_k=3.0).shape == (2, 1)
+    with pytest.raises(UserError, match='num_samples 1.5'): engine.generate_batch([5], 1.5)
+
+
 @pytest.mark.parametrize('make', [lambda p: np.array(p, dtype=np.uint16), lambda p: np.array(p, dtype=np.int32), lambda p: torch.tensor(p, dtype=torch.int32), tuple,
                                   lambda p: [np.int32(t) for t in p], lambda p: [torch.tensor(t) for t in p]])
 @pytest.mark.parametrize('in_c', [True, False])
