@@ -326,12 +326,12 @@ class Stage:
 
 # %% ../nbs/15_report.ipynb #d4847992
 def find_run(base: Path, stage: str, result: dict) -> Path | None:
-    "The run directory that belongs to a result: the one of its tag, else the one written last."
+    "The run directory that belongs to a result: the one of its tag; without a tag the one written last."
     if stage not in RUN_FOLDERS: return None
     runs = [p.parent for p in (base/RUN_FOLDERS[stage]).glob('*/metrics.jsonl')]
     named = str(result.get('tag') or result.get('model_tag') or result.get('run') or '').rstrip('/').rsplit('/', 1)[-1]
-    match = [p for p in runs if p.name == named]
-    return match[0] if match else max(runs, key=lambda p: ((p/'metrics.jsonl').stat().st_mtime_ns, p.name), default=None)
+    if named: return next((p for p in runs if p.name == named), None)
+    return max(runs, key=lambda p: ((p/'metrics.jsonl').stat().st_mtime_ns, p.name), default=None)
 
 # %% ../nbs/15_report.ipynb #351c63c5
 def _read_json(path: Path) -> dict:

@@ -157,6 +157,13 @@ def test_latest_result_and_its_run_count(tmp_path):
     assert stage.result['tag'] == 'd6' and stage.metrics[0]['loss'] == 2.
 
 
+def test_a_run_without_metrics_borrows_none(tmp_path):
+    append_jsonl(tmp_path/'base_checkpoints'/'old'/'metrics.jsonl', dict(step=0, loss=3., seconds=500.))
+    log_result('base_train', dict(tag='new'), tmp_path)
+    stage = load_stages(tmp_path)['base_train']
+    assert stage.metrics == [] and not stage.seconds
+
+
 def test_score_of_another_run_says_so(tmp_path):
     """Evaluations of an older run must not pass for the new one's."""
     log_result('base_train', dict(tag='d6'), tmp_path)
