@@ -375,10 +375,10 @@ def evaluate_task(model: Any, tokenizer: Any, data: Sequence[dict], device: torc
     reader = Reader(model, device, tokenizer.get_vocab_size())
     return accuracy(predict_all(reader, tokenizer, data, task_meta), data, task_meta['task_type'])
 
-def check_enough(items: int, task_meta: dict[str, Any], name: str = 'the task', flag: str = '') -> None:
-    "Raise `UserError` when a task has too few items to show each of them the others as examples."
+def check_enough(items: int, task_meta: dict[str, Any], name: str = 'the task', cut: str = '') -> None:
+    "Raise `UserError` when a task has too few items to show each of them the others as examples. `cut`: the option and value that left so few."
     n = task_meta['num_fewshot']
-    if items <= n: raise UserError(f'{name} shows {n} other items before each question and has only {items}{flag}; {"give --max-per-task " + str(n + 1) + " or more, or -1 for all" if flag else f"give at least {n + 1}"}')
+    if items <= n: raise UserError(f'{name} shows {n} other items before each question and has only {items}{cut and " with " + cut}; {f"give {cut.split()[0]} {n + 1} or more, or -1 for all" if cut else f"give at least {n + 1}"}')
 
 # %% ../nbs/13_core_eval.ipynb #2dbe881d
 URL = 'https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip'
@@ -490,10 +490,10 @@ def open_zip(path: Path) -> Bundle:
 
 # %% ../nbs/13_core_eval.ipynb #5c0fd0f8
 def open_bundle(path: Path | str | None = None) -> Bundle:
-    "The bundle in a folder or zip; by default `eval_bundle` or `eval_bundle.zip` in the base directory. Raises `UserError` with the command that gets it."
-    places = [Path(path).expanduser()] if path else [base_dir()/'eval_bundle', base_dir()/'eval_bundle.zip']
+    "The bundle in a folder or zip; by default `eval_bundle.zip` or `eval_bundle` in the base directory. Raises `UserError` with the command that gets it."
+    places = [Path(path).expanduser()] if path else [base_dir()/'eval_bundle.zip', base_dir()/'eval_bundle']  # the first is what a download mends
     found = next((p for p in places if p.exists()), None)
-    if found is None: raise UserError(f'there is no CORE bundle at {places[-1]}; run: python -m nanochat.core_eval, or give --bundle PATH of a folder or zip')
+    if found is None: raise UserError(f'there is no CORE bundle at {places[0]}; run: python -m nanochat.core_eval, or give --bundle PATH of a folder or zip')
     return open_folder(found) if found.is_dir() else open_zip(found)
 
 # %% ../nbs/13_core_eval.ipynb #e28dd125
@@ -670,13 +670,13 @@ def run_task(reader: Reader, tokenizer: Any, data: Sequence[dict], task: CoreTas
     return result
 
 # %% ../nbs/13_core_eval.ipynb #7a1c2b9b
-def task_costs(bundle: Bundle, chosen: Sequence[CoreTask], max_per_task: int = -1) -> dict[str, tuple[float, int]]:
+def task_costs(bundle: Bundle, chosen: Sequence[CoreTask], max_per_task: int = -1, option: str = '--max-per-task') -> dict[str, tuple[float, int]]:
     "Per task: characters to read for one item, and how many items. Raises `UserError` for damaged data and too small a `max_per_task`."
     cut, costs = max_per_task if max_per_task != -1 else None, {}
-    if cut is not None and cut < 1: raise UserError(f'max_per_task {cut} leaves nothing to ask; give a number from 1, or -1 for all items')
+    if cut is not None and cut < 1: raise UserError(f'{option.strip("-").replace("-", "_")} {cut} leaves nothing to ask; give a number from 1, or -1 for all items')
     for t in chosen:
         data = bundle.items(t)
-        check_enough(len(data[:cut]), t.meta, t.label, f' with --max-per-task {cut}' if cut and cut < len(data) else '')
+        check_enough(len(data[:cut]), t.meta, t.label, f'{option} {cut}' if cut and cut < len(data) else '')
         costs[t.label] = (reading_cost(data, t), len(data[:cut]))
     return costs
 

@@ -162,6 +162,16 @@ def test_a_folder_is_as_good_as_a_zip(bundle, shared_data, tmp_path):
     assert folder.items(folder.tasks[5]) == bundle.items(bundle.tasks[5])
 
 
+def test_a_download_mends_what_is_opened(tmp_path, monkeypatch):
+    """Where a folder has lost a file, the advice is to download again: what comes is a zip, and it must be the one that is opened."""
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path))
+    whole = small_bundle(tmp_path/'eval_bundle')
+    shutil.make_archive(str(tmp_path/'eval_bundle'), 'zip', tmp_path, 'eval_bundle')
+    next(whole.rglob('one.jsonl')).unlink()
+    bundle = ce.open_bundle()
+    assert bundle.items(bundle.tasks[0])
+
+
 @pytest.mark.parametrize('shape', [dict(), dict(n_layer=1), dict(n_layer=5, window_pattern='SL', sequence_len=256, n_kv_head=2, n_embd=48)], ids=str)
 def test_small_tasks_in_batches_and_alone(mini, tokenizer, fp32, shape):
     model = random_gpt(tokenizer.get_vocab_size(), 1, **shape)
@@ -399,6 +409,7 @@ def test_too_few_items_and_unknown_tasks(tmp_path, tokenizer, model, bundle):
     with pytest.raises(UserError, match='one shows 2 other items before each question and has only 2 with --max-per-task 2; give --max-per-task 3 or more'):
         ce.evaluate_core(model, tokenizer, b, 'cpu', max_per_task=2)
     assert ce.evaluate_core(model, tokenizer, b, 'cpu', max_per_task=3)['items'] == {'one': 3}
+    with pytest.raises(UserError, match='2 with --core-max-per-task 2; give --core-max-per-task 3 or more'): ce.task_costs(b, b.tasks, 2, '--core-max-per-task')
     with pytest.raises(UserError, match='max_per_task 0 leaves nothing'): ce.evaluate_core(model, tokenizer, b, 'cpu', max_per_task=0)
     with pytest.raises(UserError, match="no task arc_esay; it has: hellaswag_zeroshot, jeopardy"): ce.choose_tasks(bundle, ['arc_esay', 'copa'])
     with pytest.raises(UserError, match='has only 10'): ce.evaluate_core(model, tokenizer, bundle, 'cpu', max_per_task=10)
