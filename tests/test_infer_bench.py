@@ -237,7 +237,7 @@ def test_turns_alternate():
     (dict(depth=0), 'depth 0 is too small'), (dict(rounds=0), 'rounds 0'), (dict(batch_sizes=(1, 0)), 'batch_sizes 1 0'), (dict(batch_sizes=()), 'batch_sizes'), (dict(batch_sizes=(4, 4)), 'different'),
     (dict(prompt_lengths=(-1,)), 'prompt_lengths'), (dict(many=-1), 'many -1 is negative'), (dict(concurrency=-2), 'use 0 to leave'), (dict(new_tokens=3), 'use 4 or more'),
     (dict(temperature=-1.), 'temperature -1.0'), (dict(temperature=float('nan')), 'temperature nan'), (dict(temperature=0.), 'greedy'), (dict(top_k=-1), 'top_k -1'),
-    (dict(source='gpt'), "source 'gpt'"), (dict(weights=('int4',)), "'int4'"), (dict(weights=('compute', 'compute')), 'one thing twice'), (dict(weights=(), plain=False), 'nothing to measure'),
+    (dict(source='gpt'), "source 'gpt'"), (dict(source='public'), 'give both'), (dict(path='x'), '--path is the directory'), (dict(source='sft', path='x'), 'or neither'), (dict(weights=('int4',)), "'int4'"), (dict(weights=('compute', 'compute')), 'one thing twice'), (dict(weights=(), plain=False), 'nothing to measure'),
     (dict(weights=()), 'need the engine'), (dict(plot='x.txt'), 'x.txt'), (dict(plot='no/such/folder/x.svg'), 'does not exist'), (dict(context=125), 'do not fit into rows of 128'),
     (dict(prompt_lengths=(8, 123)), '123 tokens read'), (dict(window_pattern='Q'), 'Q')])
 def test_bad_input_is_a_sentence_before_any_work(change, words, monkeypatch):

@@ -92,7 +92,8 @@ def check_sizes(cfg: InferBenchConfig) -> None:
 
 def check_choices(cfg: InferBenchConfig) -> None:
     "Raise `UserError` for words that mean nothing here."
-    if cfg.source not in ('', 'base', 'mid', 'sft', 'rl'): raise UserError(f"source '{cfg.source}' is unknown; use base, mid, sft or rl, or leave it out for a random model")
+    if cfg.source not in ('', 'base', 'mid', 'sft', 'rl', 'public'): raise UserError(f"source '{cfg.source}' is unknown; use base, mid, sft, rl or public (with --path), or leave it out for a random model")
+    if bool(cfg.path) != (cfg.source == 'public'): raise UserError('--path is the directory of a public checkpoint; give both, --source public --path DIR, or neither')
     if odd := set(cfg.weights) - {'compute', 'pytorch', 'int8'}: raise UserError(f"weights '{sorted(odd)[0]}' are unknown; use compute, pytorch, int8 or several of them")
     if not cfg.programs or len(set(cfg.weights)) < len(cfg.weights): raise UserError('nothing to measure, or one thing twice; give --weights compute, pytorch, int8 or several of them')
     if (cfg.many or cfg.concurrency) and not cfg.weights: raise UserError('many prompts and the scheduler need the engine; give --weights compute, or --many 0 --concurrency 0')
