@@ -6,7 +6,7 @@
 __all__ = ['C_TYPES', 'STRUCTURES', 'C_VECTORS', 'C_TYPES_AND_SUMS', 'C_NUMBERS', 'C_STORE', 'C_EXP', 'C_TILE', 'C_PRODUCT',
            'C_PRODUCTS', 'C_SCORE', 'C_BLOCK', 'C_ADD_VALUES', 'C_ATTEND', 'C_NARROW', 'C_GATE', 'C_TEAM', 'C_WORKER',
            'C_HIRE', 'C_CALL', 'C_SMALL', 'C_STATE', 'C_SHARE', 'C_EMBED', 'C_REMEMBER', 'C_KEEP', 'C_LOOK_BACK',
-           'C_LAYER', 'C_PASS', 'C_WHOLE', 'C_FORWARD', 'C_COPY', 'MOST_K', 'C_BAR', 'C_BEST', 'C_ODDS', 'C_PICK',
+           'C_LAYER', 'C_PASS', 'C_WHOLE', 'C_FORWARD', 'C_COPY', 'C_BAR', 'MOST_K', 'C_BEST', 'C_ODDS', 'C_PICK',
            'C_DRAW', 'SOURCE', 'compiler', 'folder', 'processor', 'build', 'library', 'declaration', 'CMatrix',
            'CLayer', 'CModel', 'CCache', 'CPass', 'CDraw', 'in_panels', 'native', 'native_state', 'Panels',
            'dismiss_team', 'Pace', 'NativeCache', 'NativeTables', 'NativePass', 'NativeGPT', 'fits', 'runner_for']
@@ -720,8 +720,6 @@ void copy_row(const CCache *from, int row, const CCache *to, int slot, int layer
 '''
 
 # %% ../nbs/11_native.ipynb #27f424fe
-MOST_K = 256  # the longest list; a longer one is PyTorch's business
-
 C_BAR = r'''
 static int above(const vec *x, int n, float least) {  // how many of n vectors' numbers
   veci count = {0};
