@@ -3,6 +3,7 @@ import dataclasses, json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.common import UserError
 from nanochat.scaling import PRESETS, estimate_memory, gpt_config, plan_training, rented, run_cost
@@ -85,6 +86,13 @@ def test_the_preset_that_fits(machine, preset):
     assert preset_for(machine) == preset and (preset is None or preset in PRESETS)
 
 
+@pytest.mark.parametrize('capability, attention, said', [(9.0, ['sdpa'], True), (10.0, ['torch-fa2', 'sdpa'], True), (10.0, ['fa4', 'sdpa'], False), (12.0, ['torch-fa2', 'sdpa'], False), (8.0, ['sdpa'], False)])
+def test_a_kernel_is_advised_only_where_it_runs(capability, attention, said):
+    """FlashAttention 3 is for Hopper, 4 for Hopper and the Blackwell of data centres, neither for that of the desktop."""
+    found = [s for s in slow(dataclasses.replace(card('A card', 80.0, capability), attention=attention)) if 'FlashAttention' in s]
+    assert bool(found) == said and all('flash-attn-4' in s and 'on Hopper pip install kernels' in s for s in found)
+
+
 def test_every_reason_can_be_given_and_none_is_given_without_cause():
     assert slow(BOX) == [] and slow(CPU) == []
     assert any('does not see it' in s for s in slow(dataclasses.replace(BOX, sees_gpus=0, build='cpu'))) and any('FlashAttention 3' in s and 'NANOCHAT_ATTENTION=fa3' in s for s in slow(dataclasses.replace(BOX, attention=['torch-fa2', 'sdpa'])))
@@ -150,6 +158,29 @@ def test_a_plan_is_the_package_s_own_arithmetic():
     assert cost.hours < seconds['train'] / 3600 < cost.hours + .1 and p.needs.disk > 17e9 + 12 * cost.size.total
     text = d.plan_text(p)
     for words in (f'{plan.num_iterations:,}', f'{plan.flops:.2e}', '17 GB', '$24 per hour', 'GiB'): assert words in text, words
+
+
+def test_a_gpu_s_memory_is_not_asked_of_the_machine():
+    """Without --gpus the plan is for the GPUs that are here, as with them."""
+    one = dataclasses.replace(card('NVIDIA H100 80GB HBM3', 79.6, 9.0), ram_free=50 * GIB)
+    assert make_plan(PlanConfig(depth='24', device_batch_size=16), one).lacking == []
+    plain, told = (make_plan(dataclasses.replace(SPEEDRUN, gpus=n), BOX).needs for n in (0, 8))
+    assert plain == told and told.gpus == 8 and told.ram == (2 * 8 + 8) * GIB
+    cpu = lambda n: make_plan(PlanConfig(depth='12', device_batch_size=4, gpus=n, device='cpu'), one).needs
+    assert cpu(0).gpus == cpu(2).gpus == 0 and 2 * GIB < cpu(0).ram == cpu(2).ram / 2
+
+
+def test_a_busy_machine_does_not_look_a_hundred_times_slower(monkeypatch):
+    """Two threads that wait for each other between other programs measure nothing; one of them alone does."""
+    threads = torch.get_num_threads()
+    speeds = {}
+    monkeypatch.setattr(d, 'product_speed', lambda a, seconds: speeds[torch.get_num_threads()])
+    try:
+        torch.set_num_threads(2)
+        for together, peak in ((1e10, 4e11), (8e11, 8e11), (5e11, 5e11)):
+            speeds |= {2: together, 1: 4e11}
+            assert d.cpu_peak.__wrapped__() == peak and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(threads)
 
 
 def test_half_the_gpus_take_twice_as_long_and_two_nodes_half():

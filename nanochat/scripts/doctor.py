@@ -8,10 +8,11 @@ __all__ = ['FASTER_ATTENTION', 'NETWORK', 'Rule', 'GPU_RULES', 'CPU_RULES', 'OTH
            'parse_gpus', 'find_gpus', 'declared_extras', 'installed', 'missing_packages', 'Machine', 'torch_facts',
            'attention_backends', 'this_machine', 'slow', 'preset_for', 'what_to_type', 'human', 'gpu_words',
            'package_words', 'rows_of', 'table', 'Needs', 'lacking_gpus', 'lacking', 'DoctorConfig', 'doctor', 'Stage',
-           'PlanConfig', 'cpu_peak', 'hardware_for', 'fp8_verdict', 'numbers', 'length_of', 'dtype_for',
-           'training_cost', 'training_costs', 'preparation', 'computation', 'stage_of', 'shards_for', 'stages_of',
-           'needs_of', 'misfits', 'duration', 'money', 'stage_line', 'hours_and_money', 'training_line', 'Plan',
-           'make_plan', 'plan_text', 'cost_dict', 'plan_dict', 'training_words', 'script_lines', 'plan_run', 'main']
+           'PlanConfig', 'product_speed', 'cpu_peak', 'hardware_for', 'fp8_verdict', 'numbers', 'length_of',
+           'dtype_for', 'training_cost', 'training_costs', 'preparation', 'computation', 'stage_of', 'shards_for',
+           'stages_of', 'needs_of', 'misfits', 'duration', 'money', 'stage_line', 'hours_and_money', 'training_line',
+           'Plan', 'make_plan', 'plan_text', 'cost_dict', 'plan_dict', 'training_words', 'script_lines', 'plan_run',
+           'main']
 
 # %% ../../nbs/scripts/14_doctor.ipynb #e8390ec1
 import dataclasses, functools, importlib.metadata, importlib.util, json, math, os, platform, re, shutil, subprocess, sys, time
@@ -139,7 +140,7 @@ def missing_packages(extra: str) -> list[str]:
     return [n for n in extras.get(extra, []) if installed(n) is None]
 
 # %% ../../nbs/scripts/14_doctor.ipynb #83804c3c
-FASTER_ATTENTION = 'pip install kernels, and set NANOCHAT_ATTENTION=fa3 once, which fetches its build; or pip install flash-attn-4'
+FASTER_ATTENTION = 'pip install flash-attn-4, or on Hopper pip install kernels, and set NANOCHAT_ATTENTION=fa3 once, which fetches its build'
 NETWORK = ('HF_ENDPOINT', 'HF_HUB_OFFLINE', 'HF_TOKEN', 'PIP_INDEX_URL', 'HTTPS_PROXY')  # shown as set or not, never with their values
 
 # %% ../../nbs/scripts/14_doctor.ipynb #90997d91
@@ -192,8 +193,6 @@ def this_machine() -> Machine:
         network={k: bool(os.environ.get(k)) for k in NETWORK}, compiler=next((c for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c and shutil.which(c)), None), **torch_facts())
 
 # %% ../../nbs/scripts/14_doctor.ipynb #15e7dd43
-def _hopper(m: Machine) -> bool: return any(g.capability >= 9 for g in m.gpus)
-
 Rule = tuple[Callable[[Machine], bool], str]
 
 GPU_RULES: list[Rule] = [
@@ -202,9 +201,9 @@ GPU_RULES: list[Rule] = [
      'this build is for another driver, or for none'),
     (lambda m: 0 < m.sees_gpus < len(m.gpus), 'PyTorch sees fewer GPUs than the driver'),
     (lambda m: any(g.capability < 8 for g in m.gpus),
-     'a GPU older than Ampere has no bf16: it computes in fp32, about eight times slower than its fp16 peak'),
-    (lambda m: _hopper(m) and not {'fa3', 'fa4'} & set(m.attention),
-     f'Hopper without FlashAttention 3: attention falls back to a slower kernel; install: {FASTER_ATTENTION}'),
+     'a GPU older than Ampere has no bf16: it computes in fp32, about eight times slower than its fp16 peak; NANOCHAT_DTYPE=float16 uses that'),
+    (lambda m: any(9 <= g.capability < 11 for g in m.gpus) and not {'fa3', 'fa4'} & set(m.attention),
+     f'Hopper or Blackwell without FlashAttention 3 or 4: attention falls back to a slower kernel; {FASTER_ATTENTION}'),
     (lambda m: bool(m.gpus) and m.cores < 2 * len(m.gpus), 'fewer than two cores per GPU: the processes that feed them will wait for each other')]
 
 # %% ../../nbs/scripts/14_doctor.ipynb #848904c8
@@ -236,9 +235,9 @@ def preset_for(m: Machine) -> str | None:
     "The name of the largest preset that fits; None without PyTorch."
     if not m.torch: return None
     from nanochat.scaling import PRESETS
-    gib = min((g.gib for g in m.gpus[:m.sees_gpus]), default=0)
+    gib, hopper = min((g.gib for g in m.gpus[:m.sees_gpus]), default=0), any(g.capability >= 9 for g in m.gpus)
     fits = [name for name, p in PRESETS.items() if 0 < p.gpus <= m.sees_gpus and p.memory_gib <= gib + 2]
-    if fits: return max(fits, key=lambda n: (PRESETS[n].gpus, PRESETS[n].memory_gib, _hopper(m) == n.startswith('h100')))
+    if fits: return max(fits, key=lambda n: (PRESETS[n].gpus, PRESETS[n].memory_gib, hopper == n.startswith('h100')))
     return 'laptop' if m.cores >= 4 and m.ram >= PRESETS['laptop'].memory_gib * 2**30 else 'tiny-cpu'
 
 # %% ../../nbs/scripts/14_doctor.ipynb #b6ba9b43
@@ -413,18 +412,25 @@ class PlanConfig:
     json: bool = False  # as JSON, for programs
 
 # %% ../../nbs/scripts/14_doctor.ipynb #d5e061ea
-@functools.cache
-def cpu_peak(n: int = 512, seconds: float = 0.3) -> float:
-    "FLOP/s of large matrix products on this CPU, the best of several, in the dtype that training would use."
-    import torch
-    from nanochat.common import compute_dtype
-    a = torch.randn(n, n).to(compute_dtype('cpu'))
+def product_speed(a: Any, seconds: float) -> float:
+    "FLOP/s of a square matrix times itself, the best of all tries in so many seconds."
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * len(a)**3 / best
+
+@functools.cache
+def cpu_peak(n: int = 512, seconds: float = 0.3) -> float:
+    "FLOP/s of large matrix products on this CPU, in the dtype that training would use: of all threads together, or what one alone reaches times half of them, if that is more."
+    import torch
+    from nanochat.common import compute_dtype
+    a, threads = torch.randn(n, n).to(compute_dtype('cpu')), torch.get_num_threads()
+    together = product_speed(a, seconds / 2)
+    torch.set_num_threads(1)
+    try: return max(together, threads / 2 * product_speed(a, seconds / 2))
+    finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/scripts/14_doctor.ipynb #2a9af742
 def hardware_for(cfg: PlanConfig, m: Machine) -> Any:
@@ -537,8 +543,8 @@ def needs_of(cfg: PlanConfig, costs: Sequence[Any], stages: Sequence[Stage], m: 
     on_cpu, keys, kept = cfg.device == 'cpu', {s.key for s in stages}, 2 if len(costs) == 1 else 1
     checkpoint = [12 * c.size.total for c in costs]  # fp32 weights and at most two moments of each
     disk = sum(s.nbytes for s in stages) + kept * sum(checkpoint) + max(checkpoint) * (1 + 2 * ('sft' in keys))
-    gpus = 0 if on_cpu else cfg.gpus or (1 if cfg.hardware else 0)
-    ram = (max(c.memory for c in costs) if not gpus else 2 * 2**30) * max(1, cfg.gpus) + (8 * 2**30 if keys & set(HUB) else 0)
+    gpus = 0 if on_cpu else cfg.gpus or len(m.gpus) or (1 if cfg.hardware else 0)
+    ram = (max(c.memory for c in costs) if not gpus else 2 * 2**30) * max(1, gpus or cfg.gpus) + (8 * 2**30 if keys & set(HUB) else 0)
     return Needs(gpus, 0, disk, ram, 'train', bool(keys & {*HUB, 'tasks', 'bundle'}))
 
 # %% ../../nbs/scripts/14_doctor.ipynb #c733c1d6
