@@ -34,7 +34,8 @@ def detect_device(name: str | None = None) -> torch.device:
     kind = name.split(':')[0]
     if kind not in available_devices():
         raise UserError(f"device '{name}' is not available here; use one of: {', '.join(available_devices())}")
-    return torch.device(name)
+    try: return torch.device(name)
+    except RuntimeError as e: raise UserError(f"device '{name}' is not a name PyTorch knows; use one of: {', '.join(available_devices())}") from e
 
 # %% ../nbs/00_common.ipynb #1f64efcd
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -349,7 +350,8 @@ def fits(value: Any, kind: Any) -> bool:
 
 # %% ../nbs/00_common.ipynb #a6dffe7b
 def load_config(cls: type[Config], path: Path | str) -> Config:
-    "An instance of the dataclass `cls` with the values of a TOML file. Raises `UserError` for unknown names, wrong types and unreadable files."
+    """An instance of the dataclass `cls` with the values of a TOML file; a required field that it leaves out is `tyro.MISSING`, which flags must replace.
+    Raises `UserError` for unknown names, wrong types and unreadable files."""
     try: values = tomllib.loads(Path(path).read_text(encoding='utf8'))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise UserError(f'cannot read the config file {path}: {e}') from e
     values = {k.replace('-', '_'): v for k, v in values.items()}
@@ -358,7 +360,9 @@ def load_config(cls: type[Config], path: Path | str) -> Config:
     if unknown: raise UserError(f"{path} sets {', '.join(unknown)}, which this stage does not have; it knows: {', '.join(known)}")
     wrong = [f"{k} = {v!r}, which should be {getattr(known[k], '__name__', known[k])}" for k, v in values.items() if not fits(v, known[k])]
     if wrong: raise UserError(f"{path} sets {'; '.join(wrong)}")
-    return cls(**values)
+    import tyro
+    needed = {f.name: tyro.MISSING for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    return cls(**needed | values)
 
 # %% ../nbs/00_common.ipynb #7d87bb07
 def parse_config(cls: type[Config], args: list[str] | None = None) -> Config:

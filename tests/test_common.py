@@ -287,6 +287,7 @@ def test_device_by_argument_variable_or_rank_of_goodness(monkeypatch):
     monkeypatch.setenv('NANOCHAT_DEVICE', 'cpu')
     assert detect_device() == torch.device('cpu') and detect_device('cuda').type == 'cuda'
     with pytest.raises(UserError, match="'mps' is not available here; use one of: cuda, cpu"): detect_device('mps')
+    with pytest.raises(UserError, match="'cpu:x' is not a name PyTorch knows; use one of: cuda, cpu"): detect_device('cpu:x')
 
 
 def test_peak_memory_sees_an_allocation():
@@ -328,6 +329,21 @@ def test_flags_file_and_both(tmp_path):
     assert cli(Stage, lambda c: c, ['--config', file]) == Stage(6, 1, None, None, 'six', True)
     assert cli(Stage, lambda c: c, ['--depth', '3', f'--config={file}', '--length', '7', '--no-fresh']) == Stage(3, 1, 7, None, 'six', False)
     assert cli(Stage, lambda c: c, ['--', '--depth=9']) == Stage(9)  # what torchrun passes on
+
+
+@dataclass
+class Errand:
+    """A stage that must be told something."""
+    source: str  # from
+    out: str  # to
+    seed: int = 0  # order
+
+
+def test_file_and_flags_share_what_must_be_given(tmp_path, capsys):
+    (tmp_path/'a.toml').write_text('out = "b"\nseed = 3\n')
+    assert parse_config(Errand, ['--config', str(tmp_path/'a.toml'), '--source', 'a']) == Errand('a', 'b', 3)
+    with pytest.raises(SystemExit): parse_config(Errand, ['--config', str(tmp_path/'a.toml')])
+    assert '--source' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('toml,words', [
