@@ -187,7 +187,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     "The `meta.json` of a checkpoint folder, or None if the folder is not a complete checkpoint."
     try: meta = json.loads((path/'meta.json').read_text(encoding='utf8'))
     except (OSError, ValueError): return None
-    files = meta.get('files', {})
+    files = meta.get('files', {}) if isinstance(meta, dict) else {}
     whole = all((path/n).is_file() and (path/n).stat().st_size == f['bytes'] for n, f in files.items())
     return meta if files and whole else None
 
@@ -200,7 +200,8 @@ def list_checkpoints(run: Path) -> list[int]:
 # %% ../nbs/08_checkpoint_manager.ipynb #82ef6a24
 def prune_checkpoints(run: Path, keep: int) -> None:
     "Remove all but the newest `keep` checkpoints of a run."
-    for step in list_checkpoints(run)[:-max(keep, 1)]: remove_tree(step_dir(run, step))
+    for step in list_checkpoints(run)[:-max(keep, 1)]:
+        if step_dir(run, step).is_dir(): remove_tree(step_dir(run, step))  # not the public project's files
 
 def clean_run(run: Path) -> None:
     "Remove what a killed process left half-written. Call it before training, never while another process saves into the run."
@@ -322,9 +323,9 @@ def build_model(run: Path, step: int | None, device: torch.device, phase: str = 
     found, tokenizer = load_checkpoint(run, step, optimizer=False), run_tokenizer(run)
     config = config_of(found.meta, run.name)
     check_vocabulary(tokenizer, config, run.name)
-    rng = rng_state()
+    rng = rng_state(device)
     model = empty_model(config, device)
-    set_rng_state(rng)
+    set_rng_state(rng, device)
     load_weights(model, found.model_state, run.name)
     return model.train(phase == 'train'), tokenizer, found.meta
 

@@ -126,6 +126,8 @@ def test_half_written_and_half_deleted_checkpoints_are_ignored(run):
     weights = cm.step_dir(run, 2)/'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-10])
     (run/'.step_000009.123-abc.tmp').mkdir()
+    cm.save_checkpoint(run, 4, model)
+    (cm.step_dir(run, 4)/'meta.json').write_text('[]')
     assert cm.list_checkpoints(run) == [1] and cm.load_checkpoint(run).meta['step'] == 1
 
 
@@ -180,6 +182,25 @@ def test_write_error_of_any_part_leaves_the_previous_checkpoint(run, monkeypatch
 def test_keeps_the_last_n(run):
     for step in range(1, 6): cm.save_checkpoint(run, step, tiny_model(), keep=2)
     assert cm.list_checkpoints(run) == [4, 5] and not list(run.glob('.*'))
+
+
+def test_the_public_projects_files_are_not_pruned(run):
+    (run/'model_000001.pt').write_bytes(b'weights')
+    (run/'meta_000001.json').write_text('{}')
+    for step in (2, 3, 4): cm.save_checkpoint(run, step, tiny_model(), keep=2)
+    assert cm.list_checkpoints(run) == [1, 3, 4] and (run/'model_000001.pt').read_bytes() == b'weights'
+
+
+def test_building_a_model_leaves_the_devices_generator_where_it_was(run, monkeypatch):
+    """On a machine without a GPU: its generator is imitated, and drawn from as `init_weights` would."""
+    cm.save_checkpoint(run, 1, model := tiny_model())
+    state = [torch.tensor([7])]
+    def drawn(config, device): state[0] = state[0] + 1; return model
+    monkeypatch.setattr(cm, 'empty_model', drawn)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda device: state[0])
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda new, device: state.__setitem__(0, new))
+    cm.build_model(run, 1, torch.device('cuda'))
+    assert state[0].item() == 7
 
 
 def test_refuses_another_tokenizer(run, tokenizer):
