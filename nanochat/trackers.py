@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'Log', 'Opened', 'OPENERS', 'check_tracker', 'numbers', 'RunInfo', 'open_trackio', 'open_wandb',
-           'open_mlflow', 'Tracker', 'known_id', 'open_tracker', 'tracking']
+           'open_mlflow', 'Tracker', 'known_id', 'known_ids', 'open_tracker', 'tracking']
 
 # %% ../nbs/09_trackers.ipynb #57396760
 import contextlib, importlib.util, json, math, sys, uuid
@@ -95,8 +95,12 @@ def _first_line(e: BaseException) -> str:
 # %% ../nbs/09_trackers.ipynb #d3f43dea
 def known_id(folder: Path, name: str) -> str | None:
     "The identifier that this run had in a tracker before."
+    return known_ids(folder).get(name)
+
+def known_ids(folder: Path) -> dict[str, str]:
+    "The identifiers that this run has had, by tracker."
     path = folder/'tracker.json'
-    return json.loads(path.read_text(encoding='utf8')).get(name) if path.exists() else None
+    return json.loads(path.read_text(encoding='utf8')) if path.exists() else {}
 
 def open_tracker(name: str, info: RunInfo) -> Opened:
     "Open a run in a tracker and note its identifier. Raises `UserError` with what to do when that fails."
@@ -104,7 +108,7 @@ def open_tracker(name: str, info: RunInfo) -> Opened:
     except Exception as e:
         advice = {'wandb': 'log in with: wandb login, or set WANDB_MODE=offline, ', 'mlflow': 'look at MLFLOW_TRACKING_URI, '}.get(name, '')
         raise UserError(f'{name} could not begin a run: {_first_line(e)}; {advice}or leave --tracker out') from e
-    atomic_write(info.folder/'tracker.json', json.dumps({name: opened[0]}))
+    atomic_write(info.folder/'tracker.json', json.dumps(known_ids(info.folder) | {name: opened[0]}))
     return opened
 
 # %% ../nbs/09_trackers.ipynb #f61f764c

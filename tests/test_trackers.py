@@ -91,6 +91,14 @@ def test_a_stopped_run_goes_on_in_its_old_place(name, toy, tmp_path):
     assert [d[0] for d in diary.diary].count('params') == (name == 'mlflow')
 
 
+def test_a_second_tracker_keeps_the_first_ones_place(toy, tmp_path):
+    diaries = {name: toy(name) for name in ('wandb', 'mlflow')}
+    for name in ('wandb', 'mlflow', 'wandb'):
+        with tracking(name, tmp_path, {}): pass
+    first, again = [d[1] for d in diaries['wandb'].diary if d[0] == 'init']
+    assert first == again and set(json.loads((tmp_path/'tracker.json').read_text())) == {'wandb', 'mlflow'}
+
+
 @pytest.mark.parametrize('name', TRACKERS[1:])
 @pytest.mark.parametrize('fail', ['log', 'finish'])
 def test_a_broken_tracker_is_said_once_and_stops_nothing(name, fail, toy, tmp_path, capsys):
