@@ -70,7 +70,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
     return y.transpose(1, 2)
 
 def block_size(left: int, right: int) -> int:
-    "Queries per block: about the width of the window, so that at most half of the pairs computed are masked."
+    "Queries per block: about the width of the window, 64 to 512; from a window of 64 on, at most half of the pairs computed are masked."
     return min(max(left, 0) + max(right, 0), 512) // 64 * 64 or 64
 
 # %% ../nbs/04_flash_attention.ipynb #67ba934c
