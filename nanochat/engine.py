@@ -314,7 +314,7 @@ def in_batches(lengths: Sequence[int], budget: int, key: Callable[[int], Any] | 
 # %% ../nbs/12_engine.ipynb #d5a5aca3
 @torch.inference_mode()
 def last_logits(model: Any, prompts: list[list[int]], batch_tokens: int = 8192) -> Tensor:
-    "fp32 logits (N, V) after each of N prompts, computed without a cache in right-padded batches of at most `batch_tokens`."
+    "fp32 logits (N, V) after each of N prompts, one at least, computed without a cache in right-padded batches of at most `batch_tokens`."
     out = [None] * len(prompts)
     for group in in_batches([len(p) for p in prompts], batch_tokens):
         T = len(prompts[group[-1]])

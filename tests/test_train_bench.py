@@ -1,6 +1,7 @@
 """The benchmark: its plain implementation is an independent check of the model; its command line works at tiny sizes."""
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,3 +78,13 @@ def test_ours_is_the_program_that_base_train_runs(fp32, monkeypatch, name, by_de
     monkeypatch.setattr(tb, 'as_run', lambda model, optimizer, compiled=False: asked.append(compiled) or model)
     step = tb.bench_program(name, tb.TrainBenchConfig(depth=1, vocab_size=300, sequence_len=64, device_batch_size=2), torch.device('cpu'))
     assert asked == [compiled] and step() > 0
+
+
+def test_a_program_that_dies_in_a_step_is_a_sentence(monkeypatch):
+    """As for want of memory: between two steps, or in one."""
+    for code in ('print(1.0)', 'input(); print(1.0, flush=True); input()'):
+        p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert tb.timed_step('ours', p) == 1.0
+        with pytest.raises(UserError, match="'ours' of the benchmark died in a step"):
+            for _ in range(3): tb.timed_step('ours', p)
+        p.wait(10)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plain_attention', 'plain_embed', 'plain_loss', 'build', 'training_step', 'seconds_since_launch', 'peak_flops',
            'linear_scan_pack', 'packing_speed', 'TrainBenchConfig', 'model_config', 'random_batch', 'bench_program',
-           'attention_pass', 'attention_speeds', 'attention_lines', 'worker', 'start_worker', 'take_turns', 'describe',
-           'train_bench', 'table', 'main']
+           'attention_pass', 'attention_speeds', 'attention_lines', 'worker', 'start_worker', 'timed_step',
+           'take_turns', 'describe', 'train_bench', 'table', 'main']
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #5542d93c
 import dataclasses, json, os, subprocess, sys, time
@@ -226,15 +226,22 @@ def start_worker(name: str, cfg: TrainBenchConfig) -> tuple[subprocess.Popen, di
     return p, json.loads(line)
 
 # %% ../../nbs/scripts/13_train_bench.ipynb #c8d0af5e
+def timed_step(name: str, p: subprocess.Popen) -> float:
+    "Seconds of one more step in a worker. Raises `UserError` if it died, of memory for instance."
+    try:
+        p.stdin.write('step\n')
+        p.stdin.flush()
+        return float(p.stdout.readline())
+    except (BrokenPipeError, ValueError) as e: raise UserError(f"the program '{name}' of the benchmark died in a step; its message stands above") from e
+
 def take_turns(cfg: TrainBenchConfig, names: list[str]) -> dict[str, dict[str, Any]]:
     "Per program: seconds of each timed step, seconds from launch to the end of the first, peak memory after it."
     running = {name: start_worker(name, cfg) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(cfg.steps + 1):  # the second step is not timed either: it still meets fresh memory
         for name, (p, _) in running.items():
-            p.stdin.write('step\n')
-            p.stdin.flush()
-            if (line := p.stdout.readline()) and turn: seconds[name].append(float(line))
+            took = timed_step(name, p)
+            if turn: seconds[name].append(took)
     for p, _ in running.values(): p.communicate()
     return {name: dict(seconds=seconds[name], **first) for name, (_, first) in running.items()}
 
