@@ -17,10 +17,11 @@ __all__ = ['SKIPPED_FOLDERS', 'HUB', 'SUFFIXES', 'SEED', 'ROW_GROUP', 'SHARD_BYT
            'prepare', 'main']
 
 # %% ../nbs/02_dataset.ipynb #2026f60b
-import contextlib, errno, hashlib, importlib, importlib.util, inspect, io, json, os, queue, random, re, shutil, subprocess, sys, sysconfig, threading, time, tokenize, warnings
+import contextlib, errno, hashlib, importlib, importlib.util, inspect, io, json, os, queue, random, re
+import shlex, shutil, subprocess, sys, sysconfig, threading, time, tokenize, warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def text_field(line: str, where: str, column: str = 'text') -> str:
     "The string field `column` of a JSON object. Raises `UserError` when `line` is something else."
     try: row = json.loads(line)
     except json.JSONDecodeError as e: raise UserError(f'{where} is not JSON: {e.msg} at column {e.colno}') from e
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, 100,000 brackets
+        raise UserError(f'{where} is JSON that cannot be read: {str(e).split(";")[0]}') from e
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         has = ', '.join(row) if isinstance(row, dict) else type(row).__name__
@@ -204,7 +207,9 @@ def first_bytes(documents: Sequence[str], max_bytes: int | None) -> list[str]:
     for t in documents:
         n = nbytes(t)
         if n <= room: kept.append(t); room -= n
-    return kept or [documents[0].encode('utf8')[:max_bytes].decode('utf8', 'ignore')]
+    cut = lambda t: t.encode('utf8')[:max_bytes].decode('utf8', 'ignore')
+    start = '' if kept else cut(documents[0])
+    return kept or [start if len(start.strip()) > 1 else cut(documents[0].lstrip())]  # blanks alone would leave nothing to hold out
 
 # %% ../nbs/02_dataset.ipynb #20777b89
 def cut_document(text: str, fraction: float) -> tuple[str, str]:
@@ -362,7 +367,7 @@ def open_corpus(name: str | Path = 'stdlib') -> Corpus:
     if folder is None: raise UserError(f"there is no corpus '{name}' yet; run: python -m nanochat.dataset {name}")
     corpus = Corpus(folder.name, folder, json.loads((folder/'manifest.json').read_text(encoding='utf8')))
     missing = [s['file'] for s in corpus.manifest['shards'] if not (folder/s['file']).exists()]
-    if missing: raise UserError(f"the corpus '{name}' lacks {', '.join(missing[:3])}; run: python -m nanochat.dataset {name}")
+    if missing: raise UserError(f"the corpus '{name}' lacks {', '.join(missing[:3])}; run: python -m nanochat.dataset {_maker(corpus)}")
     return corpus
 
 # %% ../nbs/02_dataset.ipynb #c4f985a5
@@ -563,7 +568,7 @@ def download(jobs: Sequence[tuple[RemoteFile, Path]], desc: str, workers: int = 
             failures = _listen(events, len(jobs), bar, done)
         finally: stop.set()
     for t in threads: t.join(2)  # let those that are not waiting for a server close their files
-    if failures: raise failures[0]
+    if failures: raise failures[-1]  # the one that ended it
 
 # %% ../nbs/02_dataset.ipynb #86d62809
 def inspect_shard(path: Path, split: str, digest: str) -> dict[str, Any]:
@@ -657,7 +662,7 @@ def download_corpus(name: str, shards: int | None = None, force: bool = False, w
     """A hub corpus with the validation shard and training shards `0 ... shards-1`; what is here is not fetched again, and
     with everything here the network is not touched. Default: what is here, or 8. `force` hashes what is here and replaces what is damaged."""
     m = HubManifest(name)
-    shards = shards or max(len(m.saved.get('shards', [])) - 1, 0) or 8
+    if shards is None: shards = max(len(m.saved.get('shards', [])) - 1, 0) or 8
     check_shards(name, shards, workers)
     if not force and not m.missing(shards): return open_corpus(name)
     files = hub_listing(m, shards)  # before anything is written
@@ -699,7 +704,9 @@ def existing_corpus(name: str, mark: str) -> Corpus | None:
 def require_memory(files: Sequence[Path], source: str) -> None:
     "Raise `UserError` for a source too large to be shuffled in memory."
     total, ram = sum(f.stat().st_size for f in files), environment(torch.device('cpu'))['ram_bytes']
-    if ram and total > ram / 3: raise UserError(f"'{source}' holds {human(total, 'B')}, too much to be shuffled in {human(ram, 'B')} of memory; give a folder with fewer files")
+    if ram and total > ram / 3:
+        raise UserError(f"'{source}' holds {human(total, 'B')}, too much to be shuffled in {human(ram, 'B')} of memory; "
+                        f'shuffle it on disk: python -m nanochat.dataset repackage {shlex.quote(source)} --out NAME')
 
 def source_documents(source: str, files: Sequence[Path], errors: str) -> Iterator[str]:
     "All documents of a source, with progress for what takes long."
@@ -901,12 +908,22 @@ class DatasetConfig:
     background: bool = False  # of a hub corpus: download in a process of its own, with a log
     workers: int = 8  # of a hub corpus: files at a time
 
+# %% ../nbs/02_dataset.ipynb #3c85f0ab
+def _maker(c: Corpus) -> str:
+    "What `python -m nanochat.dataset` must be given to make a corpus again: its source, and the settings that were not the usual ones."
+    if c.name in HUB: return c.name
+    source, repackaged = shlex.quote(c.manifest.get('source', c.name)), 'row_group' in c.manifest
+    usual = {f.name: f.default for f in fields(RepackageConfig if repackaged else DatasetConfig) if f.name not in ('source', 'shards')}
+    flags = ''.join(f' --{k.replace("_", "-")} {shlex.quote(str(v))}' for k, v in c.manifest.items() if k in usual and v != usual[k])
+    return (f'repackage {source} --out {c.name}' if repackaged else source) + flags
+
 # %% ../nbs/02_dataset.ipynb #8396fee2
 def prepare(cfg: DatasetConfig) -> Corpus | Path:
     "Prepare the corpus and say where it is. In the background: start, and return the log's path."
-    if cfg.source in HUB and cfg.background: return in_background(cfg.source, cfg.shards or 8, cfg.workers)
-    if cfg.background: raise UserError(f"only a download runs in the background, and '{cfg.source}' is none; leave out --background")
     if cfg.source in HUB: _check(cfg.source, cfg.max_bytes, cfg.val_fraction, cfg.errors)
+    elif cfg.background: raise UserError(f"only a download runs in the background, and '{cfg.source}' is none; leave out --background")
+    if cfg.background and cfg.force: raise UserError('--force looks at every shard here and cannot run in the background; leave one of the two out')
+    if cfg.background: return in_background(cfg.source, 8 if cfg.shards is None else cfg.shards, cfg.workers)
     c = download_corpus(cfg.source, cfg.shards, cfg.force, cfg.workers) if cfg.source in HUB else prepare_corpus(
         cfg.source, max_bytes=cfg.max_bytes, val_fraction=cfg.val_fraction, errors=cfg.errors, force=cfg.force, shards=cfg.shards)
     report_corpus(c)

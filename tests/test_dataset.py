@@ -1,5 +1,5 @@
 """Corpora: what is read, how it is mixed and held out, what is recognised, and what is refused with which sentence."""
-import json, os, shutil, subprocess, sys, tracemalloc
+import json, os, shlex, shutil, subprocess, sys, tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +82,20 @@ def test_damaged_corpus_is_made_again(stories, damage):
     assert texts_of(prepare_corpus(stories)) == before and not open_corpus(stories).damaged()
 
 
+@pytest.mark.parametrize('kind', ['whole', 'part', 'repackaged', 'stdlib'])
+def test_a_lost_shard_names_the_command_that_brings_it_back(stories, tmp_path, monkeypatch, kind):
+    source = shutil.copy(stories, tmp_path/'my stories.jsonl')
+    if kind == 'repackaged': corpus = repackage(RepackageConfig(str(source), out='mine', seed=3, row_group=16, shard_bytes=9000))
+    elif kind == 'stdlib': corpus = prepare_corpus('stdlib', max_bytes=200_000)
+    else: corpus = prepare_corpus(source, **(dict(max_bytes=5000, val_fraction=0.1) if kind == 'part' else {}))
+    before = texts_of(corpus)
+    corpus.shards('train')[0].unlink()
+    with pytest.raises(UserError, match='lacks .*; run: python -m nanochat.dataset ') as e: open_corpus('my_stories' if kind in ('whole', 'part') else corpus.name)
+    monkeypatch.setattr(sys, 'argv', shlex.split(str(e.value).split('run: python -m ')[1]))
+    dataset.main()
+    assert texts_of(open_corpus(corpus.name)) == before
+
+
 def test_validation_is_what_the_manifest_says_not_what_is_on_disk(stories):
     corpus = prepare_corpus(stories)
     before = texts_of(corpus)
@@ -111,6 +125,13 @@ def test_one_document_is_split_inside(tmp_path, text):
     assert head + tail == text and head.strip() and tail.strip()
     if len(text) > 1000: assert 0.03 < len(tail) / len(text) < 0.07
     if 'line' in text: assert head.endswith('\n')
+
+
+def test_part_of_a_document_too_large_is_not_blank(tmp_path):
+    (tmp_path/'novel.txt').write_text('\n' * 500 + 'it was a dark night ' * 100)
+    corpus = prepare_corpus(tmp_path/'novel.txt', max_bytes=300)
+    assert ''.join(sum(texts_of(corpus), [])) == ('it was a dark night ' * 100)[:300]
+    assert dataset.first_bytes(['  one two'], 7) == ['  one t']  # what holds something stays byte for byte
 
 
 def test_few_large_documents_lose_a_tail_not_a_document():
@@ -164,6 +185,10 @@ def bad_sources(p):
     yield p/'torn.jsonl', 'line 2 of torn.jsonl is not JSON'
     (p/'surrogate.jsonl').write_text('{"text": "a\\ud800b"}\n')
     yield p/'surrogate.jsonl', 'line 1 of surrogate.jsonl holds a lone surrogate'
+    (p/'number.jsonl').write_text('{"text": "ok", "id": ' + '7' * 5000 + '}\n')
+    yield p/'number.jsonl', 'line 1 of number.jsonl is JSON that cannot be read: .*digits'
+    (p/'deep.jsonl').write_text('{"text": "ok", "tree": ' + '[' * 100_000 + ']' * 100_000 + '}\n')
+    yield p/'deep.jsonl', 'line 1 of deep.jsonl is JSON that cannot be read: .*recursion'
     pq.write_table(pa.table({'content': ['a']}), p/'other.parquet')
     yield p/'other.parquet', "other.parquet has no string column 'text' .it has: content"
     pq.write_table(pa.table({'text': [1]}), p/'numbers.parquet')
@@ -216,7 +241,7 @@ def test_full_disk(stories, base_directory, monkeypatch):
 
 def test_more_than_memory_is_refused_before_reading(stories, monkeypatch):
     monkeypatch.setattr(dataset, 'environment', lambda device: dict(ram_bytes=10_000))
-    with pytest.raises(UserError, match='holds .* too much to be shuffled in 10 kB of memory'): prepare_corpus(stories)
+    with pytest.raises(UserError, match='holds .* too much to be shuffled in 10 kB of memory; .*: python -m nanochat.dataset repackage .*stories.jsonl --out NAME'): prepare_corpus(stories)
 
 
 def test_crash_while_writing_leaves_the_old_corpus(stories, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hub_server import Hub
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.dataset import HUB, HubCorpus, download_corpus, open_corpus, prepare_corpus
+from nanochat.dataset import HUB, DatasetConfig, HubCorpus, download_corpus, open_corpus, prepare, prepare_corpus
 from warm_python import warm_python
 
 WEB = HUB['climbmix'].repo
@@ -159,7 +159,16 @@ def test_bad_requests(hub):
         with pytest.raises(UserError, match=sentence): prepare_corpus('climbmix', **kwargs)
     with pytest.raises(UserError, match='0 workers download nothing'): download_corpus('climbmix', 2, workers=0)
     with pytest.raises(UserError, match='only a corpus of the hub has a number of shards'): prepare_corpus('stdlib', shards=3)
+    for more, sentence in ((dict(shards=0), '0 shards are not to be had'), (dict(max_bytes=1000), 'instead of max_bytes'), (dict(errors='guess'), "errors 'guess' is unknown")):
+        for background in (False, True):
+            with pytest.raises(UserError, match=sentence): prepare(DatasetConfig('climbmix', background=background, **more))
+    with pytest.raises(UserError, match='--force .* cannot run in the background'): prepare(DatasetConfig('climbmix', background=True, force=True))
     assert not hub.requests
+
+
+def test_what_ended_a_download_is_what_is_said(hub):
+    hub.faults[names(0)[0]], hub.faults[names(1)[0]] = ('status', 500), ('status', 403)  # the first alone would not have
+    with pytest.raises(UserError, match='does not give shard_00001.parquet to just anyone'): download_corpus('climbmix', 3, workers=1)
 
 
 def test_a_shard_that_is_no_parquet_or_has_no_text(hub):
