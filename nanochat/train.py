@@ -282,7 +282,7 @@ def fit(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Iterat
             tokens, seconds = state.tokens, state.seconds
             lr, asked = train_step(model, optimizer, loader, plan, state, stop.requested)
             speed = (state.tokens - tokens) / (state.seconds - seconds)
-            if state.step % loop.log_every == 0 or state.step == last: record.log(metrics_line(state, plan, lr, speed, device, loop.peak_flops))
+            if state.step == last or loop.log_every and state.step % loop.log_every == 0: record.log(metrics_line(state, plan, lr, speed, device, loop.peak_flops))
             evals |= finish()
             bar.update(loss=state.loss, tok_s=human(speed), **shown_mfu(utilisation(plan, speed, loop.peak_flops), device), **{k: v for k, v in evals.items() if isinstance(v, float)})
         if asked and state.step < last:

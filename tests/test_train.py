@@ -173,6 +173,13 @@ def test_evaluations_do_not_change_the_training():
     assert torch.equal(weights([]), weights([Hook(lambda step: dict(noise=torch.rand(7).sum().item()), 1)]))
 
 
+@pytest.mark.parametrize('every, steps', [(0, [9]), (4, [4, 8, 9])])
+def test_metrics_as_often_as_asked(tmp_path, every, steps):
+    model = bigram()
+    fit(model, sgd(model), rows(4), a_plan(9), Loop(log_every=every), run=tmp_path)
+    assert [r['step'] for r in read_jsonl(tmp_path/'metrics.jsonl')] == steps
+
+
 def test_data_that_end_too_early_say_so():
     model = bigram()
     with pytest.raises(UserError, match='data ended'): fit(model, sgd(model), iter(list(zip(range(2), rows(4)))[:0]), a_plan(3))
