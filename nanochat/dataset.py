@@ -744,7 +744,7 @@ def prepare_corpus(source: str | Path = 'stdlib', *, max_bytes: int | None = Non
     texts = shuffled(source_documents(source, files, errors))
     if not texts: raise UserError(f"'{source}' holds no text: every document in it is empty")
     train, val = split_validation(first_bytes(texts, max_bytes), val_fraction)
-    return write_corpus(name, train, val, dict(source=source, fingerprint=mark, **settings))
+    return write_corpus(name, train, val, dict(source=source if builtin else str(Path(source).expanduser().resolve()), fingerprint=mark, **settings))
 
 # %% ../nbs/02_dataset.ipynb #6249113a
 class Buckets:
@@ -870,7 +870,7 @@ def sort_into_shards(cfg: RepackageConfig, files: Sequence[Path], folder: Path, 
     with atomic_dir(folder) as part:
         buckets = Buckets(part/'.buckets', max(1, -(-4 * total // cfg.memory)), cfg.memory // 4)
         spread(files, buckets, f'nanochat {cfg.seed} '.encode(), cfg.errors, cfg.column)
-        manifest = dict(name=cfg.out, source=str(cfg.source), **about, shards=write_shards(part, buckets, cfg))
+        manifest = dict(name=cfg.out, source=str(Path(cfg.source).expanduser().resolve()), **about, shards=write_shards(part, buckets, cfg))
         shutil.rmtree(buckets.folder)
         (part/'manifest.json').write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf8')
 

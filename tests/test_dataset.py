@@ -84,12 +84,15 @@ def test_damaged_corpus_is_made_again(stories, damage):
 
 @pytest.mark.parametrize('kind', ['whole', 'part', 'repackaged', 'stdlib'])
 def test_a_lost_shard_names_the_command_that_brings_it_back(stories, tmp_path, monkeypatch, kind):
-    source = shutil.copy(stories, tmp_path/'my stories.jsonl')
-    if kind == 'repackaged': corpus = repackage(RepackageConfig(str(source), out='mine', seed=3, row_group=16, shard_bytes=9000))
+    source = shutil.copy(stories, tmp_path/'my stories.jsonl').name
+    (tmp_path/'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    if kind == 'repackaged': corpus = repackage(RepackageConfig(source, out='mine', seed=3, row_group=16, shard_bytes=9000))
     elif kind == 'stdlib': corpus = prepare_corpus('stdlib', max_bytes=200_000)
     else: corpus = prepare_corpus(source, **(dict(max_bytes=5000, val_fraction=0.1) if kind == 'part' else {}))
     before = texts_of(corpus)
     corpus.shards('train')[0].unlink()
+    monkeypatch.chdir(tmp_path/'elsewhere')
     with pytest.raises(UserError, match='lacks .*; run: python -m nanochat.dataset ') as e: open_corpus('my_stories' if kind in ('whole', 'part') else corpus.name)
     monkeypatch.setattr(sys, 'argv', shlex.split(str(e.value).split('run: python -m ')[1]))
     dataset.main()
