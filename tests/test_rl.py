@@ -254,6 +254,18 @@ def test_scaled_updates_are_the_plain_ones():
     assert line['grad_scale'] == 512 and line['skipped_steps'] == 1 and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_resuming_without_a_checkpoint_needs_the_model_it_began_with(vowels):
+    """Such a run is its settings alone: with the weights of another model it would be another run under its name."""
+    r, done = rl.prepare(rl.with_recipe(config()), torch.device('cpu'), 0.0)
+    assert not done and list_checkpoints(r.run) == []
+    save_checkpoint(init_run(run_dir('sft', 'd2'), {}, TOK), 7, tiny(seed=1, random=True))
+    with pytest.raises(UserError, match='began from another model .--source sft, step 7'): chat_rl(config(resume=True))
+    save_checkpoint(init_run(run_dir('sft', 'd2'), {}, TOK), 7, tiny(random=True))
+    assert chat_rl(config(resume=True))['num_iterations'] == 4
+    save_checkpoint(init_run(run_dir('sft', 'd2'), {}, TOK), 7, tiny(seed=1, random=True))
+    assert chat_rl(config(resume=True))['num_iterations'] == 4, 'one with a checkpoint has its own weights'
+
+
 def test_a_tracker_hears_all_of_it(vowels, monkeypatch):
     import sys
     from nanochat import trackers
@@ -312,6 +324,16 @@ def test_measuring_changes_nothing(vowels):
                                       (dict(num_iterations=0), 'num-iterations takes 1 or more'), (dict(source='other'), 'other')], ids=str)
 def test_bad_settings_are_refused(kw, word):
     with pytest.raises(UserError, match=word): chat_rl(ChatRLConfig(**kw))
+
+
+def test_only_tasks_with_training_questions_are_practised(monkeypatch):
+    """Practised on its test questions, a model would be marked on what it has learned by heart. Asked before any data is."""
+    monkeypatch.setattr(rl, 'need_task_data', lambda *args: None)
+    for task in TASKS:
+        check = lambda: rl.check_settings(rl.with_recipe(ChatRLConfig(task=task)))
+        if TASKS[task].chance or task == 'humaneval':
+            with pytest.raises(UserError, match='multiple choice|test questions'): check()
+        else: check()
 
 
 def test_no_model_says_what_to_run():

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'LONG', 'Rollout', 'with_advantages', 'permutation', 'questions_of', 'subseed', 'roll_out', 'padded',
            'merged', 'policy_gradient', 'chosen_tokens', 'rl_step', 'rate_at', 'evaluate_policy', 'ChatRLConfig',
-           'with_recipe', 'first_rate', 'check_settings', 'RLRun', 'one_update', 'due', 'evaluated', 'take_up',
-           'improve', 'deciding', 'optimizer_of', 'updates_within', 'prepare', 'summary', 'conclude', 'chat_rl', 'main']
+           'with_recipe', 'first_rate', 'trainable', 'check_settings', 'RLRun', 'one_update', 'due', 'evaluated',
+           'take_up', 'improve', 'deciding', 'check_start', 'optimizer_of', 'updates_within', 'prepare', 'summary',
+           'conclude', 'chat_rl', 'main']
 
 # %% ../../nbs/scripts/06_chat_rl.ipynb #05953b87
 import dataclasses, functools, json, math, random, time
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint_manager import find_run, init_run, load_model, run_dir, save_checkpoint, settle_run
+from ..checkpoint_manager import find_run, init_run, list_checkpoints, load_model, run_dir, save_checkpoint, settle_run
 from ..common import Progress, UserError, append_jsonl, atomic_write, cli, compute_dtype, detect_device, distributed, get_ranks
 from ..common import peak_memory_bytes, print0, read_jsonl
 from ..engine import Engine
 from ..grad_scale import GradScaler, scaler_for
 from ..report import log_result, show_again
 from .chat_eval import TASKS, accuracy, evaluate_task_generative, make_task, need_task_data, pass_rates, sample_task
-from ..tasks.common import Task
+from ..tasks.common import TASK_DATA, Task
 from ..tasks.humaneval import pass_at_k
 from ..trackers import Tracker, check_tracker, tracking
 from ..train import StopSignals, all_sum, as_if_unobserved, check_finite, finished, iterations_for, resume, sum_gradients, trim_metrics
@@ -193,12 +194,18 @@ def first_rate(cfg: ChatRLConfig) -> float:
     if cfg.init_lr_frac is not None: return cfg.init_lr_frac
     return .05 if TASKS[cfg.task].hub else .1 * min(1, LONG / cfg.num_iterations)
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #7172341e
+def trainable() -> list[str]:
+    "Names of the tasks that let the model write, and have training questions apart from those of the test."
+    return [name for name, s in TASKS.items() if not s.chance and (not s.hub or any(split == 'train' for *_, split in TASK_DATA[s.data]))]
+
 # %% ../../nbs/scripts/06_chat_rl.ipynb #820ae191
 def check_settings(cfg: ChatRLConfig, world_size: int = 1) -> None:
     "Raise `UserError` for settings that cannot work, before any work begins."
     check_tracker(cfg.tracker)
-    if cfg.task not in TASKS: raise UserError(f"there is no task '{cfg.task}'; use one of: {', '.join(TASKS)}")
-    if TASKS[cfg.task].chance: raise UserError(f"'{cfg.task}' is multiple choice, which is not sampled; use one of: {', '.join(n for n, s in TASKS.items() if not s.chance)}")
+    able = ', '.join(trainable())
+    if cfg.task not in TASKS: raise UserError(f"there is no task '{cfg.task}'; use one of: {able}")
+    if cfg.task not in trainable(): raise UserError(f"'{cfg.task}' cannot be practised: it is multiple choice, or has test questions only; use one of: {able}")
     if cfg.minutes is not None and not cfg.minutes > 0: raise UserError(f'{cfg.minutes:g} minutes is too short; give --minutes 1 or more')
     if cfg.num_samples < 2: raise UserError('one answer per question has no siblings to be better than; give --num-samples 2 or more')
     if not 0 < cfg.temperature < math.inf: raise UserError(f'at temperature {cfg.temperature:g} answers to a question do not differ as they should; give --temperature 1.0')
@@ -303,6 +310,13 @@ def deciding(cfg: ChatRLConfig, parent: dict[str, Any]) -> dict[str, Any]:
     weights = parent.get('files', {}).get('model.safetensors', {}).get('sha256')
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in apart} | dict(start_step=parent['step'], start_weights=weights)
 
+# %% ../../nbs/scripts/06_chat_rl.ipynb #3e28d562
+def check_start(run: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    "Raise `UserError` for a run without a checkpoint that began from other weights than those at hand."
+    if list_checkpoints(run) or all(stored.get(k) == wanted[k] for k in ('start_step', 'start_weights')): return
+    began = f"--source {stored['source']}, step {stored['start_step']}"
+    raise UserError(f'{run.name} has no checkpoint yet, and began from another model ({began}); name that one, or type --fresh to begin again')
+
 # %% ../../nbs/scripts/06_chat_rl.ipynb #342b2d62
 def optimizer_of(model: torch.nn.Module, cfg: ChatRLConfig) -> torch.optim.Optimizer:
     "A new optimizer with the configured rates and no weight decay. `scalar_lr` 0 also holds the smear and backout still."
@@ -334,6 +348,7 @@ def prepare(cfg: ChatRLConfig, device: torch.device, start: float) -> tuple[RLRu
     if cfg.num_iterations is None: cfg = dataclasses.replace(cfg, num_iterations=max(1, len(make_task(cfg.task, 'train', cfg.train_size)) // cfg.examples_per_step))
     run, wanted = run_dir('rl', tag), deciding(cfg, parent)
     stored = settle_run(run, wanted, cfg.resume, cfg.fresh)
+    if stored is not None: check_start(run, stored, wanted)
     if stored is not None: cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(cfg) if f.name in stored})
     tasks = make_task(cfg.task, 'train', cfg.train_size), make_task(cfg.task, 'test', cfg.eval_problems)
     meta = dict(task=cfg.task, parent=f"{cfg.source}/{tag}", parent_step=parent['step'])
