@@ -233,7 +233,7 @@ def test_samples_do_not_depend_on_batches():
 
 
 @pytest.mark.parametrize('kw, sentence', [(dict(pass_k='4'), '--num-samples too'), (dict(num_samples=2, pass_k='4'), 'pass@4 needs as many answers'), (dict(num_samples=2, pass_k='two'), 'not a list of numbers'),
-                                          (dict(num_samples=-1), 'negative'), (dict(temperature=0.0), '--temperature 1.0'), (dict(top_k=-1), 'negative')], ids=str)
+                                          (dict(num_samples=-1), 'negative'), (dict(num_samples=4, pass_k='²'), 'not a list of numbers'), (dict(temperature=0.0), '--temperature 1.0'), (dict(top_k=-1), 'negative')], ids=str)
 def test_settings_of_sampling_are_checked(kw, sentence):
     with pytest.raises(UserError, match=sentence): chat_eval(ChatEvalConfig(**kw))
 
@@ -244,6 +244,21 @@ def test_records_hold_all_that_was_read_and_said():
         for r, c in zip(evaluate_task(task, Engine(tiny(), TOK), max_problems=3, max_tokens=4), task):
             assert TOK.render_for_completion(c) and r['prompt'] == TOK.decode(TOK.render_for_completion(c)) and r['answer'] == completion_text(c)
             assert {'completion', 'correct', 'reward', 'question'} <= set(r)
+
+
+def test_records_of_letters_can_be_read():
+    """The odds say which letter each belongs to."""
+    from nanochat.scripts.records import record_text
+    [r] = evaluate_task(PyDoc(1, 'test', kind='choice'), Engine(tiny(), TOK))
+    assert r['letters'] == list('ABCD') and all(f'    {c}: {n}\n' in record_text(r | dict(task='pydoc-choice')) for c, n in zip('ABCD', r['odds'], strict=True))
+
+
+@pytest.mark.parametrize('extra', [{'choices': ['yes', 'no']}, {'letters': ['y', 'n']}, {}], ids=['ranked', 'letters', 'written'])
+def test_a_question_beyond_the_models_reach_is_a_sentence(extra):
+    class Endless(Sayings):
+        eval_type = 'categorical' if 'letters' in extra else 'generative'
+        def get_example(self, i): return {'messages': [user('What does it say? ' * 300), assistant('yes')], **extra}
+    with pytest.raises(UserError, match='tokens, and this model reads at most 2560'): evaluate_task(Endless(), Engine(tiny(), TOK))
 
 
 def test_tasks_are_given_the_settings_they_take(monkeypatch):

@@ -35,6 +35,26 @@ def test_what_is_not_there_is_said(run, base_directory):
     with pytest.raises(UserError, match='chat_sft'): R.load_records('sft')
     (run/'eval_other.jsonl').write_text('{"step": 1}\n')
     with pytest.raises(UserError, match='no records'): R.load_records(run)
+    (run/'eval_other.jsonl').write_text('[1, 2]\n')
+    with pytest.raises(UserError, match='no records'): R.load_records(run)
+
+
+def test_losses_and_odds_stand_beside_the_choices():
+    ranked, lettered = rec(0, 1, task='names', choices=['sorted', 'min'], losses=[1.25, 2.5]), rec(0, 1, task='letters', letters=['A', 'B'], odds=[.75, .25])
+    assert '    sorted: 1.25\n    min: 2.5\n' in R.record_text(ranked) and '    A: 0.75\n    B: 0.25\n' in R.record_text(lettered)
+    assert 'with mean loss' in R.record_html(ranked) and 'with odds' in R.record_html(lettered) and 'B <small>0.25</small>' in R.record_html(lettered)
+    assert 'with' not in R.record_html(rec(0, 1, task='sums'))
+
+
+def test_the_public_run_that_was_named(tmp_path, base_directory):
+    """In a folder of several, `--model-tag` says whose answers are read, as it says to chat_eval whom to ask."""
+    from nanochat.checkpoint_manager import results_dir
+    for tag in ('d2', 'd4'):
+        (tmp_path/tag).mkdir()
+        for name in ('model_000001.pt', 'meta_000001.json'): (tmp_path/tag/name).write_text('{}')
+        (results_dir('public', tmp_path/tag)/'eval_names.jsonl').write_text(json.dumps(rec(0, 1, f'I am {tag}')) + '\n')
+    said = lambda **kw: [r['completion'] for r in R.show_records(R.RecordsConfig(source='public', path=str(tmp_path), **kw))]
+    assert (said(), said(model_tag='d2'), said(model_tag='d4')) == (['I am d4'], ['I am d2'], ['I am d4'])
 
 
 def test_nothing_a_model_wrote_is_html(run):

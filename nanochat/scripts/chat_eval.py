@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ..checkpoint_manager import find_run, load_model, results_dir, run_dir
 from ..common import Progress, UserError, atomic_write, cli, detect_device, distributed, get_ranks, print0
-from ..engine import Engine, in_batches, last_logits
+from ..engine import Engine, check_request, in_batches, last_logits
 from ..report import log_result, recall_result, result_mark
 from ..tasks.arc import ARC
 from ..tasks.arithmetic import Arithmetic
@@ -162,7 +162,9 @@ def evaluate_task_ranked(task: Task, engine: Engine, *, max_problems: int | None
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
         conversations = [task[i] for i in part]
-        losses = iter(mean_losses(model, [tok.render_conversation(a) for c in conversations for a in answers_to(c)]))
+        rows = [tok.render_conversation(a, max_tokens=None) for c in conversations for a in answers_to(c)]  # one that is cut has no answer to judge
+        for ids, _ in rows: check_request(model, ids, 1)
+        losses = iter(mean_losses(model, rows))
         for i, c in zip(part, conversations):
             found = [next(losses) for _ in c['choices']]
             prompt = tok.decode(tok.render_for_completion(c))
@@ -186,9 +188,10 @@ def evaluate_task_categorical(task: Task, engine: Engine, *, max_problems: int |
         part = mine[start:start + batch_size]
         conversations = [task[i] for i in part]
         prompts = [tok.render_for_completion(c) for c in conversations]
+        for p in prompts: check_request(model, p, 1)
         for i, c, p, row in zip(part, conversations, prompts, last_logits(model, prompts)):
             odds = row[letter_ids(tok, c['letters'])].softmax(-1).tolist()
-            records.append(record(task, i, c, tok.decode(p), c['letters'][odds.index(max(odds))], odds=[round(p, 4) for p in odds]))
+            records.append(record(task, i, c, tok.decode(p), c['letters'][odds.index(max(odds))], letters=c['letters'], odds=[round(p, 4) for p in odds]))
         if bar: bar.update(len(part), correct=f'{accuracy(records):.0%}')
     return gathered(records)
 
@@ -228,7 +231,7 @@ def ks_of(text: str, num_samples: int) -> list[int]:
     "The k of pass@k from a list such as '1,4,8'; without one, powers of two up to `num_samples`. Raises `UserError`."
     if not text.strip(): return [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= num_samples]
     ks = [k.strip() for k in text.split(',')]
-    if not all(k.isdigit() and int(k) > 0 for k in ks): raise UserError(f"pass_k '{text}' is not a list of numbers; give for instance --pass-k 1,4,8")
+    if not all(k.isdecimal() and int(k) > 0 for k in ks): raise UserError(f"pass_k '{text}' is not a list of numbers; give for instance --pass-k 1,4,8")
     if max(map(int, ks)) > num_samples: raise UserError(f'pass@{max(map(int, ks))} needs as many answers to each question; give --num-samples {max(map(int, ks))} or more')
     return sorted(set(map(int, ks)))
 
