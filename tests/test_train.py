@@ -7,7 +7,7 @@ import torch
 
 from nanochat import train
 from nanochat.checkpoint_manager import list_checkpoints, load_checkpoint, run_config, run_dir, step_dir
-from nanochat.common import UserError, parse_config, read_jsonl
+from nanochat.common import Ranks, UserError, parse_config, read_jsonl
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import TrainPlan
 from nanochat.scripts import base_eval as be, base_train as bt, chat_sft as sft, mid_train as mt
@@ -389,6 +389,21 @@ class Compiled(torch.nn.Module):
         return self._orig_mod(*args, **settings)
 
 
+def test_the_ngram_reads_the_rows_of_all_ranks(home, monkeypatch):
+    """The model is scored on those of every process, so its rival must be, though rank 0 alone counts."""
+    from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as loader
+    from nanochat.dataset import open_corpus
+    from nanochat.tokenizer import get_tokenizer
+    tokenizer, corpus = get_tokenizer(), open_corpus('stdlib')
+    monkeypatch.setattr(be, 'get_ranks', lambda: Ranks(0, 0, 2))
+    found = be.held_out_ids(tokenizer, corpus, 4, 64, 1024).reshape(2, 2 * 4, 65)  # two ranks, two batches each
+    for rank in range(2):
+        batches = loader(tokenizer, 4, 64, 'val', corpus=corpus, ranks=Ranks(rank, rank, 2), long_documents='split')
+        assert torch.equal(torch.cat([next(batches)[1].clone() for _ in range(2)]), torch.tensor(found[rank, :, 1:]).long())
+        train.close(batches)
+    assert not (found[0] == found[1]).all()
+
+
 def test_a_rehearsal_runs_the_program_of_the_run(home, monkeypatch):
     """Its steps go through the compiler and are shared, if those of the run are; its model is gone before the run's is made."""
     did, models = [], []
@@ -410,6 +425,15 @@ def test_a_rehearsal_runs_the_program_of_the_run(home, monkeypatch):
     did.clear(), models.clear()
     bt.base_train(bt.BaseTrainConfig(**TINY, minutes=1e-4, model_tag='eager'))
     assert did == ['shared', 'shared'], 'nothing is compiled on a CPU'
+
+
+def test_questions_at_the_end_are_counted_once(home, pretrained, monkeypatch):
+    """`--chatcore-every -1` takes the time of one evaluation out of the budget, not of the six that a loss gets."""
+    asked, started = [], []
+    monkeypatch.setattr(mt, 'chatcore_values', lambda *args: asked.append(time.sleep(.05)) or {})
+    monkeypatch.setattr(mt, 'steps_within', lambda minutes, start, *args, **kw: started.append(start) or args[-1]() and 10)
+    for every in (-1, 5): mt.within_minutes(mt.prepare(mt.MidTrainConfig(**CHATS, chatcore_every=every, minutes=1.), mt.MID, CPU, Ranks()), 100.)
+    assert started[0] < 99.96 and started[1] > 99.96 and len(asked) == 2
 
 
 def test_a_budget_of_minutes_becomes_a_number_of_steps_that_stays(home, monkeypatch):

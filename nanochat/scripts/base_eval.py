@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..checkpoint_manager import find_run, load_model
-from ..common import Progress, UserError, base_dir, cli, compute_dtype, detect_device, distributed, get_ranks, human_time, print0
+from ..common import Progress, Ranks, UserError, base_dir, cli, compute_dtype, detect_device, distributed, get_ranks, human_time, print0
 from ..core_eval import Bundle, bench_table, core_bench, evaluate_core, from_rank0, mini_bundle, open_bundle, references, save_tables
 from ..dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from ..dataset import Corpus, open_corpus
@@ -55,11 +55,12 @@ class BaseEvalConfig:
 
 # %% ../../nbs/scripts/03_base_eval.ipynb #0b141914
 def held_out_ids(tokenizer: RustBPETokenizer, corpus: Corpus, B: int, T: int, tokens: int, long_documents: str = 'split') -> np.ndarray:
-    "The ids of the rows that `validation_bpb` scores, flat int32."
-    world = get_ranks().world_size
-    loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, 'val', corpus=corpus, long_documents=long_documents)
-    try: rows = [torch.cat([x[:, :1], y], dim=1) for _, (x, y) in zip(range(max(1, round(tokens / (B * T * world)))), loader)]  # (B, T + 1)
-    finally: close(loader)
+    "The ids of the rows that `validation_bpb` scores, those of all ranks, flat int32."
+    rows, world = [], get_ranks().world_size
+    for rank in range(world):
+        loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, 'val', corpus=corpus, ranks=Ranks(rank, rank, world), long_documents=long_documents)
+        try: rows += [torch.cat([x[:, :1], y], dim=1) for _, (x, y) in zip(range(max(1, round(tokens / (B * T * world)))), loader)]  # (B, T + 1)
+        finally: close(loader)
     return torch.cat(rows).flatten().numpy().astype(np.int32)
 
 # %% ../../nbs/scripts/03_base_eval.ipynb #f069f42d

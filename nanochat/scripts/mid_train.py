@@ -286,9 +286,13 @@ def hooks_for(setup: Setup, model: GPT) -> list[Hook]:
 def within_minutes(setup: Setup, start: float) -> TrainPlan:
     "The plan whose run ends `cfg.minutes` after `start`, by a rehearsal on a model that is then thrown away."
     model, optimizer = build(setup)
-    evaluate = lambda: [h.fn(0) for h in hooks_for(setup, model)]
+    hooks, before = hooks_for(setup, model), time.perf_counter()
+    for h in hooks:
+        if not h.every: h.fn(0)
+    start -= time.perf_counter() - before  # what comes only at the end takes as long once more
+    evaluate = lambda: [h.fn(0) for h in hooks if h.every]
     steps = steps_within(setup.cfg.minutes, start, model, optimizer, training_loader(setup), setup.plan, evaluate, compiled=compiles(setup.cfg.compile, setup.device))
-    del model, optimizer
+    del model, optimizer, hooks
     gc.collect()  # as in `base_train`: a compiled model is part of a cycle
     return dataclasses.replace(setup.plan, num_iterations=steps)
 
