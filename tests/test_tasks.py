@@ -261,6 +261,20 @@ def test_bad_lines_are_named(tmp_path, line):
     with pytest.raises(UserError, match='line 2'): CustomJSON(path)
 
 
+def test_a_wrong_turn_is_counted_from_the_first_message():
+    """With a system message before the turns and without, like the messages about content."""
+    talk = [common.user('a'), common.user('b')]
+    with pytest.raises(UserError, match='message 1 should'): check_conversation({'messages': talk})
+    with pytest.raises(UserError, match='message 2 should'): check_conversation({'messages': [{'role': 'system', 'content': 'Be brief.'}, *talk]})
+
+
+def test_the_download_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['common', '--help'])
+    common.main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in ('all', *common.TASK_DATA))
+
+
 def test_bad_files(tmp_path):
     (tmp_path/'latin').write_bytes(b'\xff\xfe\xe9')
     (tmp_path/'empty').write_text('\n\n')

@@ -18,7 +18,7 @@ OPERATIONS = {'+': ('+', 'plus'), '-': ('-', 'minus'), '*': ('*', 'times')}  # s
 LIMITS = {'+': 999, '-': 999, '*': 99}                                      # largest operand
 
 def draw_number(rng: random.Random, largest: int) -> int:
-    "A number from 1 to `largest`, every length equally likely: uniform draws would hardly show short ones."
+    "A number from 1 to `largest`, every length about equally likely: uniform draws would hardly show short ones."
     return rng.randint(1, min(largest, 10 ** rng.randint(1, len(str(largest))) - 1))
 
 # %% ../../nbs/tasks/02_arithmetic.ipynb #da7f7d32

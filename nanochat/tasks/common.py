@@ -58,7 +58,7 @@ def check_conversation(conversation: Any, where: str = 'conversation') -> dict:
     if len(turns) < 2: raise UserError(f'{where} needs a user message and an answer')
     for n, m in enumerate(turns):
         expected = ('user', 'assistant')[n % 2]
-        if m.get('role') != expected: raise UserError(f"{where}: message {n} should be from '{expected}', not '{m.get('role')}'")
+        if m.get('role') != expected: raise UserError(f"{where}: message {n + len(messages) - len(turns)} should be from '{expected}', not '{m.get('role')}'")
     for n, m in enumerate(messages): _check_content(m.get('content'), m['role'], f'{where}, message {n}')
     return conversation
 
@@ -386,7 +386,8 @@ def fetch_task_data(names: Sequence[str]) -> None:
         for where in TASK_DATA[name]: print0(f'{name}: {len(hub_dataset(*where))} rows in {hub_folder(*where)}')
 
 def main() -> None:
-    "`python -m nanochat.tasks.common all`, or the names of some tasks."
+    "`python -m nanochat.tasks.common all`, or the names of some sets; `--help` lists them."
+    if {'-h', '--help'} & set(sys.argv): return print(f"download task data: python -m nanochat.tasks.common all, or some of: {', '.join(TASK_DATA)}")
     try: fetch_task_data(sys.argv[1:])
     except UserError as e: print(f'error: {e}', file=sys.stderr); raise SystemExit(2)
 

@@ -49,6 +49,6 @@ class GSM8K(HubTask):
         return {'messages': [user(row['question']), assistant(solution_parts(row['answer']))]}
 
     def evaluate(self, conversation: dict, completion: str) -> int:
-        "1 if the completion ends with the right number after `####`."
+        "1 if the completion ends with the right number, after `####` or `The answer is`."
         said = final_number(completion)
         return int(said is not None and said == final_number(completion_text(conversation)))
