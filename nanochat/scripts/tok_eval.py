@@ -144,7 +144,7 @@ def tok_eval(cfg: TokEvalConfig) -> dict[str, Any]:
     result = dict(vocab_size=ours.get_vocab_size(), fingerprint=ours.fingerprint(), longest_token_bytes=max(map(len, ours._ranks)),
                   bytes_per_token=table, seconds=round(time.perf_counter() - start, 2), mark=mark)
     print0('bytes per token (more is shorter)\n' + format_table(table))
-    if len(others) < len(OTHERS): print0('not shown, for tiktoken has them not on disk: ' + ', '.join(label for label in OTHERS.values() if label not in others))
+    if len(others) < len(OTHERS): print0('not shown, since tiktoken does not have them on disk: ' + ', '.join(label for label in OTHERS.values() if label not in others))
     log_result('tok_eval', result)
     return result
 
