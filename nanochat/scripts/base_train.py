@@ -43,7 +43,7 @@ class BaseTrainConfig:
     num_iterations: int | None = None  # length in optimizer steps
     target_flops: float | None = None  # or in FLOPs
     target_param_data_ratio: float | None = None  # or in tokens per scaling parameter
-    minutes: float | None = None  # or in minutes of wall-clock, evaluations included
+    minutes: float | None = None  # or in minutes of wall-clock, evaluations included; CORE comes on top
     device_batch_size: int | None = None  # rows per process and micro-step: lower it if memory runs out
     total_batch_size: int | None = None  # tokens per optimizer step
     sequence_len: int | None = None  # tokens per row
@@ -142,7 +142,7 @@ def core_bundle(cfg: BaseTrainConfig, corpus: Corpus) -> Bundle | None:
     if cfg.core not in ('none', 'mini', 'full'): raise UserError(f"core '{cfg.core}' is unknown; use none, mini or full")
     if cfg.core == 'none': return None
     bundle = mini_bundle(corpus) if cfg.core == 'mini' else open_bundle(cfg.bundle or None)
-    task_costs(bundle, bundle.tasks, cfg.core_max_per_task)
+    task_costs(bundle, bundle.tasks, cfg.core_max_per_task, '--core-max-per-task')
     return bundle
 
 def check_fp8(cfg: BaseTrainConfig, config: GPTConfig, device: torch.device) -> None:
