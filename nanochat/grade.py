@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_FRAME', 'BASELINE', 'RACE_LIMITS', 'RACE_BUDGET', 'RACE_STEPS', 'MAX_NOTEBOOK', 'strip_solutions', 'source_of',
            'read_notebook', 'student_notebook', 'assignments_dir', 'assignment_names', 'find_one', 'make_students',
-           'pack', 'Counted', 'unpack', 'Gone', 'send', 'receive', 'code_cells', 'run_cell', 'MatmulCounter', 'Guest',
-           'guest_call', 'alarm', 'guest_serve', 'guest_main', 'Limits', 'Nursery', 'StudentError', 'Reply', 'Remote',
-           'Student', 'start', 'serve_asks', 'read_reply', 'request', 'Row', 'run_tests', 'Grade', 'grade_lines',
-           'grade_cells', 'grade_notebook', 'race_text', 'check_race', 'race_steps', 'race', 'tests_hash', 'result_of',
-           'grade_for_student', 'submissions', 'grade_row', 'read_grades', 'write_grades', 'grade_all', 'grade_command',
-           'main']
+           'pack', 'Counted', 'unpack', 'Gone', 'CannotGrade', 'send', 'receive', 'code_cells', 'parse_cell',
+           'run_cell', 'MatmulCounter', 'Guest', 'guest_call', 'alarm', 'guest_serve', 'guest_main', 'Limits',
+           'Nursery', 'StudentError', 'Reply', 'Remote', 'Student', 'start', 'serve_asks', 'read_reply', 'request',
+           'Row', 'run_tests', 'Grade', 'grade_lines', 'grade_cells', 'grade_notebook', 'race_text', 'check_race',
+           'race_steps', 'race', 'tests_hash', 'result_of', 'grade_for_student', 'submissions', 'grade_row',
+           'read_grades', 'write_grades', 'grade_all', 'grade_command', 'main']
 
 # %% ../nbs/20_grade.ipynb #9339a21e
 import argparse, ast, base64, csv, functools, hashlib, inspect, json, marshal, os, platform, random, re, select, signal, socket, subprocess, sys, tempfile, time, traceback, types
@@ -68,7 +68,8 @@ def assignments_dir() -> Path:
 
 def assignment_names() -> list[str]:
     "All assignments that have tests: a1, a2, ..."
-    return sorted((p.stem.removeprefix('test_') for p in (assignments_dir()/'tests').glob('test_a*.py')), key=lambda name: int(name[1:]))
+    found = (re.fullmatch(r'test_(a\d+)', p.stem) for p in (assignments_dir()/'tests').glob('test_a*.py'))
+    return sorted((match[1] for match in found if match), key=lambda name: int(name[1:]))
 
 # %% ../nbs/20_grade.ipynb #64df4f9c
 def find_one(folder: Path, name: str) -> Path:
@@ -106,7 +107,7 @@ def pack(x: Any, keep: Callable[[Any], dict] | None = None) -> Any:
     if x is None or isinstance(x, (bool, int, float, str)): return x
     if isinstance(x, list): return [again(v) for v in x]
     if isinstance(x, tuple): return {'tuple': [again(v) for v in x]}
-    if isinstance(x, dict) and hasattr(x, 'asked'): return {'counted': [[again(k), again(v)] for k, v in x.items()]}
+    if isinstance(x, dict) and hasattr(x, 'asked'): return {'counted': [[again(k), again(v)] for k, v in dict.items(x)]}
     if isinstance(x, dict): return {'dict': [[again(k), again(v)] for k, v in x.items()]}
     if isinstance(x, (set, frozenset)): return {'set': [again(v) for v in x]}
     if isinstance(x, (bytes, bytearray)): return {'bytes': base64.b64encode(x).decode()}
@@ -117,11 +118,14 @@ def pack(x: Any, keep: Callable[[Any], dict] | None = None) -> Any:
 
 # %% ../nbs/20_grade.ipynb #199f9469
 class Counted(dict):
-    "A dict that counts how often it is asked: the cost of an algorithm in look-ups, not in seconds."
+    "A dict that counts how often it is asked: look-ups, not seconds. A copy costs one for each entry; what is looked up in the copy is not seen."
     asked = 0
     def __getitem__(self, key): self.asked += 1; return super().__getitem__(key)
     def __contains__(self, key): self.asked += 1; return super().__contains__(key)
     def get(self, key, default=None): self.asked += 1; return super().get(key, default)
+    def items(self): self.asked += len(self); return super().items()
+    def values(self): self.asked += len(self); return super().values()
+    def __iter__(self): return super().__iter__()  # with an __iter__ of its own, CPython copies it through __getitem__: dict(ranks), {**ranks}, ranks.copy()
 
 # %% ../nbs/20_grade.ipynb #bc492a4b
 def unpack(x: Any, found: Callable[[str, Any], Any] | None = None) -> Any:
@@ -144,6 +148,9 @@ MAX_FRAME = 16 * 2**20   # bytes of one message; what the tests ask for stays be
 
 class Gone(Exception):
     "The other side has ended, or says what cannot be understood."
+
+class CannotGrade(UserError):
+    "Nothing can be graded here, whatever is handed in: the machine has no walls, or the nursery has ended."
 
 def send(fd: int, message: dict) -> None:
     "Write one frame: its length in four bytes, then JSON."
@@ -175,10 +182,9 @@ def _read(fd: int, n: int, deadline: float | None) -> bytes:
 
 # %% ../nbs/20_grade.ipynb #2d473820
 def code_cells(cells: Sequence[dict]) -> list[str]:
-    "The code that counts: every code cell, '' for those that begin with `# Try it`; magics and shell lines become `pass`."
+    "The code that counts: every code cell, '' for those that begin with `# Try it` or `%%`."
     sources = [source_of(c) for c in cells if c.get('cell_type') == 'code']
-    sources = ['' if re.match(r'\s*(# ?try it\b|%%)', s, re.I) else s for s in sources]
-    return [re.sub(r'^([ \t]*)[%!].*$', r'\1pass', s, flags=re.M) for s in sources]
+    return ['' if re.match(r'\s*(# ?try it\b|%%)', s, re.I) else s for s in sources]
 
 def _where(error: BaseException) -> str:
     "`cell 3, line 5` for the innermost place of the notebook's own code in a traceback, or ''."
@@ -193,12 +199,23 @@ def _described(error: BaseException) -> dict:
     except BaseException: text = ''
     return dict(error=type(error).__name__, message=text[:500], where=_where(error))
 
+# %% ../nbs/20_grade.ipynb #e3b64d19
+def parse_cell(number: int, source: str) -> ast.Module:
+    "A cell as a syntax tree. Lines with % or ! at their head that are no Python, magics and shell commands, become `pass`."
+    lines = source.split('\n')
+    while True:
+        try: return ast.parse('\n'.join(lines), f'cell {number}')
+        except SyntaxError as e:
+            stumbled = lines[e.lineno - 1] if e.lineno and e.lineno <= len(lines) else ''
+            if not re.match(r'\s*[%!]', stumbled): raise
+            lines[e.lineno - 1] = re.sub(r'\S.*', 'pass', stumbled)
+
 # %% ../nbs/20_grade.ipynb #4ea832ab
 def run_cell(number: int, source: str, namespace: dict) -> dict | None:
     "Run one cell as Jupyter would, up to the statement that fails; an import that fails does not stop it. What failed, or None."
     failed = None
     try:
-        for statement in ast.parse(source, f'cell {number}').body:
+        for statement in parse_cell(number, source).body:
             code = compile(ast.Module([statement], []), f'cell {number}', 'exec', dont_inherit=True)
             try: exec(code, namespace)
             except BaseException as e:
@@ -401,14 +418,20 @@ class Nursery:
     def spawn(self) -> tuple[int, int]:
         "A new guest: its process number and our end of its pipe."
         ours, theirs = socket.socketpair()
-        socket.send_fds(self.control, [b'new'], [theirs.fileno()])
-        theirs.close()
-        return int(self.control.recv(20, socket.MSG_WAITALL)), ours.detach()
+        with theirs: pid = self._answer(socket.send_fds, self.control, [b'new'], [theirs.fileno()])
+        return pid, ours.detach()
 
     def end(self, pid: int) -> None:
         "End a guest."
-        self.control.sendall(b'%d' % pid)
-        self.control.recv(20, socket.MSG_WAITALL)
+        self._answer(self.control.sendall, b'%d' % pid)
+
+    def _answer(self, tell: Callable, *args: Any) -> int:
+        "Tell the process something; the number it answers. Raises `CannotGrade` when it has ended."
+        try:
+            tell(*args)
+            return int(self.control.recv(20, socket.MSG_WAITALL))
+        except (OSError, ValueError) as e:
+            raise CannotGrade('the process that starts the notebooks has ended (was the memory full?); what was graded is kept, type the same command again') from e
 
     def close(self) -> None:
         "End the nursery."
@@ -432,7 +455,7 @@ class Reply:
     value: Any
     products: int = 0        # matrix products
     flops: int = 0           # floating-point operations in them
-    asked: int = 0           # look-ups in `Counted` arguments
+    asked: int = 0           # look-ups in `Counted` arguments; not in those given by keyword or inside a list
     grads: list | None = None
     after: list | None = None
 
@@ -477,9 +500,9 @@ class Student:
     def close(self) -> None:
         "End the guest, if there is one."
         if self.pid is None: return
+        pid, self.pid = self.pid, None
         os.close(self.fd)
-        self.nursery.end(self.pid)
-        self.pid = None
+        self.nursery.end(pid)
 
 # %% ../nbs/20_grade.ipynb #5b35042a
 def start(student: Student) -> None:
@@ -491,11 +514,13 @@ def start(student: Student) -> None:
         cell, began = None, time.monotonic()
         try:
             send(student.fd, dict(cells=student.cells, skip=student.skip, limits=asdict(student.limits)))
-            while 'ready' not in (message := receive(student.fd, student._deadline())):
-                if 'refuse' in message: raise execution._refusal(message['refuse'])
+            message = receive(student.fd, student._deadline())
+            if 'refuse' in message: raise CannotGrade(*execution._refusal(message['refuse']).args)   # only the first message is not the student's
+            while 'ready' not in message:
                 if 'broken' in message: raise Gone(str(message['broken'])[:500])
                 cell, began = message.get('cell', cell), time.monotonic()
-            student.failed |= {int(n): f"{e['error']}: {e['message'][:200]}" for n, e in message['ready']}
+                message = receive(student.fd, student._deadline())
+            student.failed |= {int(n): f"{str(e['error'])[:80]}: {str(e['message'])[:200]}" for n, e in message['ready'][:len(student.cells)]}
         except (TimeoutError, Gone, OSError, KeyError, TypeError, ValueError, AttributeError) as e:
             student.close()
             if type(cell) is not int or cell in student.skip: raise StudentError('gone', f'the notebook could not be started: {e}') from e
@@ -777,20 +802,20 @@ def submissions(folder: Path) -> Iterator[tuple[str, str, Path]]:
 # %% ../nbs/20_grade.ipynb #08f6a2d8
 def _same(name: str, path: Path, seed: int) -> dict[str, str]:
     "What must be unchanged for an old row to stand. A link is not followed: it could show what the submitter cannot read."
-    if path.is_symlink() or path.stat().st_size > MAX_NOTEBOOK: return dict(sha256='', tests='', seed=str(seed))
-    return dict(sha256=sha256_file(path), tests=tests_hash(name)[:16] if name in assignment_names() else '', seed=str(seed))
+    try: digest = '' if path.is_symlink() or path.stat().st_size > MAX_NOTEBOOK else sha256_file(path)
+    except OSError: digest = ''
+    return dict(sha256=digest, tests=tests_hash(name)[:16] if digest and name in assignment_names() else '', seed=str(seed))
 
 # %% ../nbs/20_grade.ipynb #4af1bf15
 def grade_row(student: str, name: str, path: Path, folder: Path, nursery: Nursery, limits: Limits, seed: int) -> dict[str, str]:
     "One row of the table. A submission that cannot be graded is a row with a remark."
     row = dict(student=student, assignment=name, file=path.relative_to(folder).as_posix(), points='', of='', remark='') | _same(name, path, seed)
     try:
-        if not row['sha256']: raise UserError(f'a link, or larger than {MAX_NOTEBOOK} bytes')
+        if not row['sha256']: raise UserError(f'a link, larger than {MAX_NOTEBOOK} bytes, or not to be read')
         if name not in assignment_names(): raise UserError("which assignment? Put a1, a2, ... into the file's name")
         grade = grade_notebook(name, path, nursery, limits, seed)
-    except UserError as e:
-        if 'isolate' in str(e): raise                                      # this machine has no walls: nothing may run
-        return row | dict(remark=str(e).split('\n')[0])
+    except CannotGrade: raise
+    except UserError as e: return row | dict(remark=str(e).split('\n')[0])
     got, possible = grade.points()
     failed = '; '.join(dict.fromkeys(r.detail for r in grade.rows if not r.passed and r.detail.startswith(('the ', 'five '))))
     return row | dict(points=str(got), of=str(possible), remark=failed) | {f'{name}.{n}': str(grade.points(n)[0]) for n in grade.exercises}
@@ -801,12 +826,12 @@ _COLUMNS = ['student', 'assignment', 'points', 'of', 'remark', 'file', 'sha256',
 def read_grades(path: Path) -> list[dict[str, str]]:
     "The rows of a table written before; none where there is no file."
     if not path.exists(): return []
-    with open(path, newline='', encoding='utf8') as f: return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(f)]
+    with open(path, newline='', encoding='utf8') as f: return [{k: v.removeprefix("'") for k, v in row.items() if k and v} for row in csv.DictReader(f)]
 
 def write_grades(path: Path, rows: list[dict[str, str]]) -> None:
     "Write the table whole; points per exercise in columns a1.1, a1.2, ... Text that a spreadsheet would take for a formula gets a quote in front."
     exercises = sorted({k for row in rows for k in row} - set(_COLUMNS))
-    safe = lambda v: "'" + v if v[:1] in ('=', '+', '-', '@') else v
+    safe = lambda v: "'" + v if v.startswith(('=', '+', '-', '@', "'")) else v
     lines = [_COLUMNS[:5] + exercises + _COLUMNS[5:]]
     lines += [[safe(row.get(column, '')) for column in lines[0]] for row in rows]
     with tempfile.TemporaryFile('w+', newline='', encoding='utf8') as f:
@@ -815,6 +840,10 @@ def write_grades(path: Path, rows: list[dict[str, str]]) -> None:
         atomic_write(path, f.read().encode())
 
 # %% ../nbs/20_grade.ipynb #79e4ab0e
+def _plain(text: str) -> str:
+    "Text that can be printed and written as UTF-8, whatever a file or a student calls itself."
+    return text.encode('utf8', 'backslashreplace').decode()
+
 def grade_all(folder: Path, out: Path, limits: Limits = Limits(sandbox=True), seed: int = 0, say: Callable[[str], None] = print) -> list[dict[str, str]]:
     "Grade every notebook under a folder into a table; what is in the table already and has not changed is skipped. Returns the rows."
     if not folder.is_dir(): raise UserError(f'{folder} is no folder; give the one that holds the submissions')
@@ -824,9 +853,9 @@ def grade_all(folder: Path, out: Path, limits: Limits = Limits(sandbox=True), se
     old, rows = {row.get('file'): row for row in read_grades(out)}, []
     with Nursery() as nursery:
         for i, (student, name, path) in enumerate(found, 1):
-            before = old.get(path.relative_to(folder).as_posix(), {})
+            before = old.get(_plain(path.relative_to(folder).as_posix()), {})
             same = all(before.get(k, '') == v for k, v in _same(name, path, seed).items()) and before.get('points')
-            rows.append(before if same else grade_row(student, name, path, folder, nursery, limits, seed))
+            rows.append(before if same else {k: _plain(v) for k, v in grade_row(student, name, path, folder, nursery, limits, seed).items()})
             if not same: write_grades(out, rows + [row for f, row in old.items() if f not in {r['file'] for r in rows}])
             row = rows[-1]
             say(f"[{i}/{len(found)}] {row['student']} {row['assignment']}: {row.get('points') or '-'} of {row.get('of') or '-'} {row.get('remark', '')}{' (unchanged)' if same else ''}")

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip('torch')
 from nanochat import execution, grade
 from nanochat.common import UserError
-from nanochat.grade import (Counted, Gone, Limits, Nursery, Student, StudentError, code_cells, find_one, grade_all, grade_cells, main, pack, read_notebook, receive, send,
-                            source_of, strip_solutions, submissions, unpack)
+from nanochat.grade import (CannotGrade, Counted, Gone, Limits, Nursery, Student, StudentError, code_cells, find_one, grade_all, grade_cells, main, pack, read_notebook, read_grades, receive, run_cell, send,
+                            source_of, strip_solutions, submissions, unpack, write_grades)
 
 ROOT = grade.assignments_dir()
 STRONG = execution.sandbox_status().strong
@@ -97,6 +97,19 @@ def test_cheats_earn_nothing(what, nursery):
     assert graded(nursery, MASTER, only=1).points() == (3, 3)                       # and the next one is graded as ever
 
 
+FRAME = 'import json, os\ndef frame(message):\n    data = json.dumps(message).encode()\n    os.write(3, len(data).to_bytes(4, "big") + data)\n'
+
+
+@pytest.mark.parametrize('said', ['frame(dict(refuse={}))', 'frame(dict(cell=None)); frame(dict(refuse={}))'])
+def test_a_submission_cannot_speak_for_the_walls(said, nursery):
+    assert graded(nursery, [FRAME + said, *MASTER], only=1).points(1) == (3, 3)
+
+
+def test_what_a_guest_says_of_its_cells_is_cut(nursery):
+    result = graded(nursery, [FRAME + "frame(dict(ready=[[n, dict(error='x' * 1000, message=['y'] * 1000)] for n in range(1000)]))"], only=1)
+    assert 0 < len(result.broken_cells) <= 1 and all(len(e) < 300 for e in result.broken_cells.values())
+
+
 def test_endless_function_costs_its_exercise(nursery):
     """The loop is waited for once; everything else is graded in a fresh process."""
     cells = [c.replace('ids, n = list(data), len(data)', 'while True: pass\n    ids, n = list(data), len(data)') for c in MASTER]
@@ -134,6 +147,36 @@ def test_a_folder_of_submissions(tmp_path, one_nursery, monkeypatch):
     write_notebook(folder/'=cmd()'/'a1_bpe.ipynb', ['x = 2'])
     again = {r['student'].lstrip("'"): r for r in grade_all(folder, out, LIMITS, say=said.append)}
     assert sorted(asked) == ['=cmd()', 'bob'] and again['ann']['points'] == '22' and sum('unchanged' in s for s in said) == 2
+
+
+def test_no_submission_stops_the_others(tmp_path, one_nursery, monkeypatch):
+    """A name with the word of the refusal, a name that is no UTF-8, a file that may not be read: a remark each, and none is stuck in the table."""
+    (tmp_path/'a1_isolated.ipynb').write_text('zeros')
+    (tmp_path/'shut_a1.ipynb').write_text('{}')
+    with contextlib.suppress(OSError): open(os.path.join(os.fsencode(tmp_path), b'J\xfcrgen_a1.ipynb'), 'w').close()   # not every file system takes it
+    real = grade.sha256_file
+    def read(path):
+        if 'shut' in str(path): raise PermissionError(13, 'Permission denied')
+        return real(path)
+    monkeypatch.setattr(grade, 'sha256_file', read)
+    for _ in range(2): rows = {r['student']: r['remark'] for r in grade_all(tmp_path, tmp_path/'g.csv', LIMITS, say=str.encode)}
+    assert 'not a notebook' in rows['isolated'] and 'not to be read' in rows['shut'] and set(rows) <= {'isolated', 'shut', 'J\\udcfcrgen'}
+    assert len(read_grades(tmp_path/'g.csv')) == len(rows)
+
+
+def test_a_dead_nursery_is_a_sentence(tmp_path):
+    with Nursery() as ended:
+        ended.process.kill()
+        ended.process.wait()
+        path = write_notebook(tmp_path/'a1.ipynb', MASTER)
+        with pytest.raises(CannotGrade, match='same command again'): grade.grade_row('ann', 'a1', path, tmp_path, ended, LIMITS, 0)
+
+
+def test_table_comes_back_as_it_was_written(tmp_path):
+    """A seed of -1 and a file called =x are the same after reading, or nothing would count as unchanged."""
+    rows = [dict(student="'ann", file='=x/a1.ipynb', seed='-1'), dict(student='bob', file='@a1.ipynb', seed='0')]
+    write_grades(tmp_path/'g.csv', rows)
+    assert read_grades(tmp_path/'g.csv') == rows and "'=x" in (tmp_path/'g.csv').read_text()
 
 
 def test_refuses_where_there_are_no_walls(tmp_path, monkeypatch):
@@ -231,6 +274,30 @@ def test_calls(nursery):
     with pytest.raises(StudentError) as e: s.nothing()
     assert e.value.kind == 'missing'
     s.close()
+
+
+def test_magics_are_left_out_and_python_is_not():
+    """A line that continues a division, or stands in a string, is the student's."""
+    ns = {}
+    source = "%matplotlib inline\nx = ('%d apples'\n     % 3)\nif x:\n    !echo it's (\ns = '''\n!important\n'''\ndef f(): return x, s"
+    assert run_cell(1, source, ns) is None and ns['f']() == ('3 apples', '\n!important\n')
+    assert run_cell(2, 'y = (\n%time', ns)['error'] == 'SyntaxError'
+    assert code_cells([dict(cell_type='code', source=s) for s in (source, '%%time\nx', '# Try it')]) == [source, '', '']
+
+
+@pytest.mark.parametrize('copy', [dict, dict.copy, lambda d: {**d}, lambda d: {k: v for k, v in d.items()}, lambda d: list(d.values()), lambda d: [d[k] for k in d]])
+def test_a_copy_costs_its_entries(copy):
+    d = Counted({i: i for i in range(9)})
+    assert len(copy(d)) == 9 == d.asked
+    pack(d)
+    assert d.asked == 9, 'sending it is no look-up'
+
+
+def test_only_numbered_tests_are_assignments(tmp_path, monkeypatch):
+    (tmp_path/'tests').mkdir()
+    for name in ('test_a10.py', 'test_a2.py', 'test_arrays.py', 'test_a1_old.py', 'test_a1.py'): (tmp_path/'tests'/name).touch()
+    monkeypatch.setenv('NANOCHAT_ASSIGNMENTS', str(tmp_path))
+    assert grade.assignment_names() == ['a1', 'a2', 'a10']
 
 
 def test_seed_redraws_inputs(nursery):
