@@ -6,8 +6,8 @@
 __all__ = ['PACKAGE', 'VERSION', 'SNAPSHOT', 'VAL_BYTES', 'SEEDS', 'MINUTES', 'ALPHA', 'chosen_file', 'installed_files',
            'wheel_files', 'root_hash', 'Text', 'frozen_text', 'split_text', 'rows_of', 'row_nats', 'check_causal',
            'judge', 'Run', 'load_train', 'two_cores', 'run_once', 'student_tail', 'better', 'code_hash', 'in_process',
-           'stored', 'with_runs', 'run_record', 'verdict', 'verify_record', 'table', 'LeaderboardConfig', 'once',
-           'leaderboard', 'main']
+           'stored', 'with_runs', 'kept_runs', 'trim_log', 'run_record', 'verdict', 'verify_record', 'aside', 'table',
+           'LeaderboardConfig', 'once', 'leaderboard', 'main']
 
 # %% ../nbs/19_leaderboard.ipynb #35aae360
 import functools, hashlib, importlib.metadata, importlib.util, json, math, os, statistics, subprocess, sys, tempfile, time, zipfile
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .common import Progress, UserError, append_jsonl, atomic_write, base_dir, cli, environment, human_time, print0
+from .common import Progress, UserError, append_jsonl, atomic_write, base_dir, cli, environment, human_time, print0, read_jsonl
 
 # %% ../nbs/19_leaderboard.ipynb #fe25a765
 PACKAGE, VERSION = 'sympy', '1.14.0'
@@ -99,10 +99,12 @@ def row_nats(model: Any, rows: list[list[int]]) -> float:
 @torch.inference_mode()
 def check_causal(model: Any, row: list[int], tolerance: float = 1e-2) -> None:
     "Raise `UserError` if logits change when later tokens do."
+    row, kinds = row[:-1], sorted(set(row))  # the model is scored on T tokens, so it is asked about no more
+    another = dict(zip(kinds, kinds[1:] + kinds[:1]))
     half = len(row) // 2
-    other = row[:half] + row[half:][::-1]
+    other = row[:half] + [another[i] for i in row[half:]]
     a, b = (model(torch.tensor([ids])).float()[0, :half] for ids in (row, other))
-    if not torch.allclose(a, b, atol=tolerance, rtol=tolerance): raise UserError('the model looks ahead: its logits change when later tokens do')
+    if not torch.allclose(a, b, atol=tolerance, rtol=tolerance, equal_nan=True): raise UserError('the model looks ahead: its logits change when later tokens do')
 
 # %% ../nbs/19_leaderboard.ipynb #e9b08dd9
 def judge(model: Any, tokenizer: Any, documents: Sequence[str], T: int, batch: int = 16) -> float:
@@ -136,11 +138,12 @@ class Run:
 
 # %% ../nbs/19_leaderboard.ipynb #c6f0ff3c
 def load_train(folder: Path) -> Any:
-    "The function `train` of a record. Raises `UserError` if there is none."
+    "The function `train` of a record, which may import other files of its folder. Raises `UserError` if there is none."
     path = folder/'train.py'
     if not path.exists(): raise UserError(f'{folder} holds no train.py; a record is a folder with a function train(run) in it')
     spec = importlib.util.spec_from_file_location(f'record_{folder.name}', path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a dataclass looks for its module there
+    sys.path.insert(0, str(folder.resolve()))
     spec.loader.exec_module(module)
     if not callable(getattr(module, 'train', None)): raise UserError(f'{path} has no function train(run)')
     return module.train
@@ -187,7 +190,7 @@ def code_hash(folder: Path) -> str:
     return root_hash({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*.py') if '__pycache__' not in p.parts})
 
 def in_process(folder: Path, seed: int, minutes: float, log_file: Path) -> dict[str, Any]:
-    "One run in a process of its own, on two cores. Raises `UserError` with what it said last if it fails or hangs."
+    "One run in a process of its own, on two cores. Raises `UserError` if it fails or hangs; what it said stands in the terminal."
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)/'out.json'
         command = [sys.executable, '-m', 'nanochat.leaderboard', 'once', str(folder), '--seed', str(seed), '--minutes', str(minutes), '--out', str(out), '--log-file', str(log_file)]
@@ -210,15 +213,26 @@ def with_runs(folder: Path, runs: list[dict[str, Any]], minutes: float) -> dict[
                 spread=statistics.stdev(scores) if len(scores) > 1 else None, environment=environment())
 
 # %% ../nbs/19_leaderboard.ipynb #94b0edc7
+def kept_runs(folder: Path, minutes: float) -> list[dict[str, Any]]:
+    "The runs that need not be repeated: same code, same text, same time. Raises `UserError` where a try would replace a record's result."
+    old = stored(folder)
+    if (old.get('code'), old.get('snapshot')) != (code_hash(folder), SNAPSHOT): return []
+    if minutes < old['minutes'] == MINUTES:
+        raise UserError(f'{folder} has its result of {MINUTES:g} minutes, and a try of {minutes:g} would replace it; copy its Python files to another folder and try them there')
+    return old['runs'] if old['minutes'] == minutes else []
+
+def trim_log(path: Path, seeds: set[int]) -> None:
+    "Leave the lines of these seeds: a run that was interrupted is run again and writes its lines again."
+    lines = [json.dumps(x) + '\n' for x in read_jsonl(path) if x.get('seed') in seeds]
+    if path.exists(): atomic_write(path, ''.join(lines))
+
 def run_record(folder: Path, seeds: int = SEEDS, minutes: float = MINUTES, first: int = 1) -> dict[str, Any]:
     "Run a record with `seeds` seeds and keep the result after each."
     frozen_text(), load_train(folder)  # what can be refused is refused first
-    old = stored(folder)
-    same = old.get('code') == code_hash(folder) and old.get('minutes') == minutes
-    runs = old['runs'] if same else []
-    if not same: (folder/'log.jsonl').unlink(missing_ok=True)
+    runs = kept_runs(folder, minutes)
     for seed in range(first, first + seeds):
         if any(r['seed'] == seed for r in runs): continue
+        trim_log(folder/'log.jsonl', {r['seed'] for r in runs})
         print0(f'{folder.name}, seed {seed}: {minutes:g} minutes on two cores, then the judge')
         runs.append(in_process(folder, seed, minutes, folder/'log.jsonl'))
         print0(f"{folder.name}, seed {seed}: {runs[-1]['bpb']:.4f} bits per byte in {human_time(runs[-1]['seconds'])}")
@@ -250,16 +264,22 @@ def verify_record(folder: Path, seeds: int = 1) -> list[float]:
     return fresh
 
 # %% ../nbs/19_leaderboard.ipynb #50e8afd1
+def aside(result: dict[str, Any]) -> str:
+    "Why a result is compared with no other; empty if it is a record's."
+    if result['snapshot'] != SNAPSHOT: return 'run on other text'
+    return '' if result['minutes'] == MINUTES else f"a try of {result['minutes']:g} minutes"
+
 def table(records: Path) -> str:
     "All records in order: score, seeds, time, and whether each beats the one before it."
     lines, before = [f"{'record':24} {'bpb':>7} {'±':>6} {'seeds':>5} {'time':>8}  against the one before"], None
     for r in filter(None, (stored(p) for p in sorted(records.iterdir()) if p.is_dir())):
         scores = [x['bpb'] for x in r['runs']]
-        p = None if before is None else better(scores, before)
-        said = '' if p is None else f'p = {p:.2g}' + ('' if p < ALPHA else ', not significant')
+        said = aside(r)
+        p = None if before is None or said else better(scores, before)
+        if p is not None: said = f'p = {p:.2g}' + ('' if p < ALPHA else ', not significant')
         spread = '–' if r['spread'] is None else f"{r['spread']:.4f}"
         lines.append(f"{r['record']:24} {r['mean']:7.4f} {spread:>6} {len(scores):5} {human_time(max(x['seconds'] for x in r['runs'])):>8}  {said}")
-        if p is None or p < ALPHA: before = scores
+        if not aside(r) and (p is None or p < ALPHA): before = scores
     return '\n'.join(lines)
 
 # %% ../nbs/19_leaderboard.ipynb #1c513011
@@ -299,7 +319,7 @@ def main() -> None:
     words = sys.argv[1:]
     flags = next((i for i, w in enumerate(words) if w.startswith('-')), len(words))
     named = [x for name, value in zip(('--command', '--folder'), words[:flags]) for x in (name, value)]
-    cli(LeaderboardConfig, leaderboard, named + words[flags:])
+    cli(LeaderboardConfig, leaderboard, named + words[min(flags, 2):])
 
 # %% ../nbs/19_leaderboard.ipynb #6b9231e6
 if __name__ == '__main__' and '__file__' in globals(): main()
