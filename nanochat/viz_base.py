@@ -77,7 +77,7 @@ def png(fig: Any, dpi: int = 150) -> bytes:
     return min(buffer.getvalue(), small.getvalue(), key=len)
 
 # %% ../nbs/18_viz_base.ipynb #8357fe0a
-SCALE = 72 / 150  # display pixels per PNG pixel
+SCALE = .624  # display pixels per PNG pixel
 
 class Picture:
     "A PNG that knows how wide it should appear; `alt` says in words what it shows."
@@ -86,7 +86,7 @@ class Picture:
     @property
     def width(self) -> int:
         "Width on the page, in pixels."
-        return round(int.from_bytes(self.data[16:20], 'big') * SCALE * 1.3)
+        return round(int.from_bytes(self.data[16:20], 'big') * SCALE)
 
     def __repr__(self) -> str: return f'<{self.alt}>'
 

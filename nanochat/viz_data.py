@@ -171,7 +171,7 @@ def draw_packing(p: Packed, rows: int = 14) -> Any:
             if cut > 0: ax.barh(y, cut, left=p.capacity, height=.78, facecolor='none', edgecolor=COLORS[d % len(COLORS)], hatch='/////', linewidth=0)
         if x < p.capacity: ax.barh(y, p.capacity - x, left=x, height=.78, facecolor='none', edgecolor=INK, hatch='....', linewidth=0, alpha=.6)
     ax.axvline(p.capacity, color=INK, linewidth=1.2)
-    ax.set(xlim=(0, p.capacity * 1.3), ylim=(len(shown) - .4, -.6), yticks=[], title=packing_line(p), xlabel='tokens of a row      ·      behind the line: cut off and lost' if p.mode == 'crop' else 'tokens of a row')
+    ax.set(xlim=(0, p.capacity * 1.3), ylim=(len(shown) - .4, -.6), yticks=[], title=packing_line(p), xlabel='tokens of a row' + '      ·      behind the line: cut off and lost' * (p.lost > 0))
     ax.grid(False); ax.spines['left'].set_visible(False)
     return fig
 

@@ -335,7 +335,7 @@ def fit_points(points: Sequence[Point]) -> tuple[IsoFlopFit | None, list[str]]:
 
 # %% ../nbs/18_viz_train.ipynb #0b237832
 def draw_valleys(ax: Any, points: Sequence[Point], fit: IsoFlopFit | None) -> None:
-    "The points of every budget, its parabola, and the bottom: a star inside the sizes tried, a cross outside."
+    "The points of every budget, its parabola, and the bottom as a star where it lies inside the sizes tried."
     import numpy as np
     for i, group in enumerate(by_budget(points)):
         color = COLORS[i % len(COLORS)]
