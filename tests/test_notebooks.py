@@ -55,6 +55,15 @@ def test_outputs(path):
             assert not (m := MACHINE_PATH.search(text)), f'cell {c["id"]} names {text[max(0, m.start() - 20):m.end() + 30]!r}'
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS + sorted((ROOT/'lessons').rglob('*.ipynb')), **by_name)
+def test_figures_are_there(path):
+    """A notebook that was run where figures cannot be shown loses them without a word."""
+    shown = [c for c in cells(path) if c['cell_type'] == 'code' and 'plt.show()' in source(c) and '#| export' not in source(c)]
+    if 'assignments' in path.parts: shown = []  # students' copies come without outputs
+    lost = [c['id'] for c in shown if not any(kind.startswith('image/') for o in c['outputs'] for kind in o.get('data', {}))]
+    assert not lost, f'cells {lost} have lost their figures; run the notebook without MPLBACKEND'
+
+
 def test_machine_path_rule_itself():
     for bad in ("open('/root/x')", 'in /home/ann/y', 'at /work/main', '"/tmp/abc"', '/Users/bob/z'): assert MACHINE_PATH.search(bad), bad
     for good in ('~/.cache/nanochat', 'https://x.org/home/ann', 'network/root/x', '$OUT/tmp/y', '1/work'): assert not MACHINE_PATH.search(good), good
