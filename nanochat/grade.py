@@ -633,6 +633,9 @@ def _plugin(student: Callable[[], Student], seed: int, only: int | None = None) 
             if call.when == 'call' or call.excinfo: self.rows.append(_row(item, call.excinfo and call.excinfo.value))
             if call.excinfo and call.excinfo.errisinstance(UserError): self.refused = call.excinfo.value
             return (yield)
+
+        def pytest_keyboard_interrupt(self, excinfo):              # pytest would end as if nothing were wrong with the rest
+            if excinfo.type is KeyboardInterrupt: self.refused = excinfo.value
     plugin = Plugin()
     plugin.rows, plugin.refused = [], None
     return plugin

@@ -309,3 +309,9 @@ def test_submission_names(tmp_path):
     for name in ('ann/a1_bpe.ipynb', 'bob_a2.ipynb', 'A3-carl.ipynb', 'x/y/a4.ipynb', 'data1.ipynb', 'ann/.ipynb_checkpoints/a1.ipynb', 'a12.ipynb'): write_notebook(tmp_path/name, [])
     found = {(who, name) for who, name, _ in submissions(tmp_path)}
     assert found == {('ann', 'a1'), ('bob', 'a2'), ('carl', 'a3'), ('x/y', 'a4'), ('data1', ''), ('a12', '')}
+
+
+def test_ctrl_c_ends_the_grading(tmp_path):
+    """Not this submission's remark, with the next one to follow."""
+    (tmp_path/'test_a1.py').write_text('import pytest\n@pytest.mark.points(1, exercise=1)\ndef test_it(student): raise KeyboardInterrupt')
+    with pytest.raises(KeyboardInterrupt): grade.run_tests(tmp_path/'test_a1.py', None)
