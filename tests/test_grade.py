@@ -313,5 +313,5 @@ def test_submission_names(tmp_path):
 
 def test_ctrl_c_ends_the_grading(tmp_path):
     """Not this submission's remark, with the next one to follow."""
-    (tmp_path/'test_a1.py').write_text('import pytest\n@pytest.mark.points(1, exercise=1)\ndef test_it(student): raise KeyboardInterrupt')
-    with pytest.raises(KeyboardInterrupt): grade.run_tests(tmp_path/'test_a1.py', None)
+    (tmp_path/'test_interrupted.py').write_text('import pytest\n@pytest.mark.points(1, exercise=1)\ndef test_it(student): raise KeyboardInterrupt')
+    with pytest.raises(KeyboardInterrupt): grade.run_tests(tmp_path/'test_interrupted.py', None)
