@@ -365,7 +365,8 @@ def open_corpus(name: str | Path = 'stdlib') -> Corpus:
     "A corpus prepared earlier, found as `find_corpus` does. Raises `UserError` with the command that makes it."
     folder = find_corpus(name)
     if folder is None: raise UserError(f"there is no corpus '{name}' yet; run: python -m nanochat.dataset {name}")
-    corpus = Corpus(folder.name, folder, json.loads((folder/'manifest.json').read_text(encoding='utf8')))
+    try: corpus = Corpus(folder.name, folder, json.loads((folder/'manifest.json').read_text(encoding='utf8')))
+    except ValueError as e: raise UserError(f"the manifest.json of the corpus '{name}' is damaged ({e}); remove {folder} and run: python -m nanochat.dataset {name}") from e
     missing = [s['file'] for s in corpus.manifest['shards'] if not (folder/s['file']).exists()]
     if missing: raise UserError(f"the corpus '{name}' lacks {', '.join(missing[:3])}; run: python -m nanochat.dataset {_maker(corpus)}")
     return corpus
@@ -697,7 +698,7 @@ def in_background(name: str, shards: int, workers: int = 8) -> Path:
 def existing_corpus(name: str, mark: str) -> Corpus | None:
     "The corpus on disk, if it was made from this very source and is undamaged."
     try: corpus = open_corpus(name)
-    except (UserError, json.JSONDecodeError): return None
+    except UserError: return None
     return corpus if corpus.manifest.get('fingerprint') == mark and not corpus.damaged() else None
 
 # %% ../nbs/02_dataset.ipynb #a8d71e2b

@@ -384,3 +384,14 @@ def test_repackaging_the_real_shards(shared_data, base_directory):
     assert done.returncode == 0 and 'web val:' in done.stdout, done.stderr
     corpus = open_corpus('web')
     assert corpus.rows('train') + corpus.rows('val') == 3092 and 4 <= len(corpus.shards('train')) <= 5 and corpus.rows('val') > 20
+
+
+def test_a_torn_manifest_is_a_sentence(tmp_path, monkeypatch):
+    """And preparing the corpus again replaces it."""
+    monkeypatch.setenv('NANOCHAT_BASE_DIR', str(tmp_path/'base'))
+    (tmp_path/'poems.txt').write_text('a rose is a rose\n' * 50)
+    corpus = prepare_corpus(tmp_path/'poems.txt')
+    (corpus.path/'manifest.json').write_text('{"name": "poe')
+    with pytest.raises(UserError, match='manifest.json .* is damaged .*; remove .* and run: python -m nanochat.dataset'): open_corpus(corpus.name)
+    assert prepare_corpus(tmp_path/'poems.txt').documents('train')
+    assert open_corpus(corpus.name).manifest == corpus.manifest
